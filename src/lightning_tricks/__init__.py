@@ -1,0 +1,14 @@
+"""Proven tricks of neural-network training for any PyTorch LightningModule."""
+
+from importlib.metadata import version
+
+from lightning_tricks import errors, functional
+from lightning_tricks.averaging._ema import EMA
+
+__all__ = [
+    "EMA",
+    "errors",
+    "functional",
+]
+
+__version__ = version("lightning-tricks")

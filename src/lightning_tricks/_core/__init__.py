@@ -1,0 +1,1 @@
+"""Shared machinery. It knows no trick by name and imports no room."""

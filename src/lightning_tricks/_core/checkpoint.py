@@ -1,0 +1,93 @@
+"""What tricks leave in a checkpoint: ``checkpoint["lightning_tricks"]``, a version and one entry per state key.
+
+An entry holds plain containers, numbers, texts and tensors only, so that it loads under ``torch.load(weights_only=True)``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from lightning_tricks._core.weights import copy_, named_tensors
+from lightning_tricks.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+    from torch import nn
+
+__all__ = ["check_tensors", "read_entry", "restore_raw", "write_entry"]
+
+_KEY = "lightning_tricks"
+_VERSION = 1
+
+
+def write_entry(checkpoint: dict[str, Any], state_key: str, trick: str, entry: dict[str, Any]) -> None:
+    """Record a trick. The mark under ``callbacks`` makes Lightning warn when a run is resumed without it."""
+    checkpoint.setdefault(_KEY, {"version": _VERSION})[state_key] = {"trick": trick, **entry}
+    checkpoint.setdefault("callbacks", {})[state_key] = {"trick": trick}
+
+
+def read_entry(checkpoint: Mapping[str, Any], state_key: str) -> dict[str, Any] | None:
+    """Return a trick's entry, or None if the checkpoint was made without it.
+
+    Raises:
+        CheckpointError: If the record is of a version we do not know, or is not a record at all.
+    """
+    record = checkpoint.get(_KEY)
+    if record is None:
+        return None
+    if not isinstance(record, dict) or record.get("version") != _VERSION:
+        found = f"version {record.get('version')!r}" if isinstance(record, dict) else f"a {type(record).__name__}"
+        msg = (
+            f"`checkpoint['{_KEY}']` must be a record of version {_VERSION}, found {found}. Nothing of it was loaded. "
+            "Upgrade lightning-tricks if a newer release wrote the file; otherwise the file is damaged."
+        )
+        raise CheckpointError(msg)
+    entry = record.get(state_key)
+    if entry is not None and not isinstance(entry, dict):
+        found = type(entry).__name__
+        msg = f"The checkpoint's entry for {state_key} must be a dict, found a {found}. Nothing of it was loaded; the file is damaged."
+        raise CheckpointError(msg)
+    return entry
+
+
+def check_tensors(module: nn.Module, tensors: Mapping[str, Tensor], state_key: str) -> None:
+    """Check that stored tensors fit the model, before any is used.
+
+    Raises:
+        CheckpointError: If a name is unknown to the model or a shape differs.
+    """
+    own = named_tensors(module)
+    for name, tensor in tensors.items():
+        needed = f"shape {tuple(own[name].shape)}" if name in own else "no tensor of that name"
+        found = f"shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
+        if needed != found:
+            msg = (
+                f"The checkpoint's entry for {state_key} must fit the model: {name!r} has {found} there, and {type(module).__name__} has "
+                f"{needed}. Nothing of it was loaded. Resume with the model that wrote the checkpoint."
+            )
+            raise CheckpointError(msg)
+
+
+def restore_raw(module: nn.Module, checkpoint: Mapping[str, Any], present: Collection[str]) -> list[str]:
+    """Give the model its training weights back where an absent trick had put its own in the checkpoint's ``state_dict``.
+
+    Args:
+        module: The model, with the checkpoint's ``state_dict`` loaded.
+        checkpoint: The checkpoint.
+        present: State keys of the callbacks that look after their own entries.
+
+    Returns:
+        What the absent tricks call themselves.
+    """
+    absent = []
+    for state_key, entry in (checkpoint.get(_KEY) or {}).items():
+        if state_key == "version" or state_key in present or not entry.get("raw"):
+            continue
+        check_tensors(module, entry["raw"], state_key)
+        own = named_tensors(module)
+        copy_([own[name] for name in entry["raw"]], list(entry["raw"].values()))
+        absent.append(str(entry.get("trick", state_key)))
+    return absent

@@ -1,0 +1,69 @@
+"""One wording for one kind of bad argument. Every check returns the value it accepted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Real
+from typing import TypeVar
+
+import torch
+
+from lightning_tricks.errors import ArgumentError
+
+__all__ = ["check_choice", "check_device", "check_in_unit_interval", "check_name", "check_patterns", "check_precise_dtype"]
+
+_T = TypeVar("_T")
+
+
+def check_in_unit_interval(name: str, value: float) -> float:
+    """Accept a number in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
+        msg = f"`{name}` must lie in [0, 1], got {value!r}."
+        raise ArgumentError(msg)
+    return float(value)
+
+
+def check_choice(name: str, value: _T, choices: Sequence[_T]) -> _T:
+    """Accept one of the choices; a bool is not taken for a number, nor a number for a bool."""
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        msg = f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}."
+        raise ArgumentError(msg)
+    return value
+
+
+def check_patterns(name: str, value: str | Sequence[str], *, empty: bool) -> str | tuple[str, ...]:
+    """Accept a glob or a sequence of globs; only `empty` allows there to be none."""
+    patterns = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Sequence) else (None,)
+    if any(not isinstance(pattern, str) or not pattern for pattern in patterns) or not (patterns or empty):
+        msg = f"`{name}` must be a glob over qualified names such as 'backbone.*', or a list of globs, got {value!r}."
+        raise ArgumentError(msg)
+    return value if isinstance(value, str) else tuple(value)
+
+
+def check_name(value: str | None) -> str | None:
+    """Accept what can stand in a log key."""
+    if value is not None and not (isinstance(value, str) and value.isidentifier()):
+        msg = f"`name` must be a word of letters, digits and underscores (it becomes part of the log keys), got {value!r}."
+        raise ArgumentError(msg)
+    return value
+
+
+def check_device(value: str | torch.device | None) -> torch.device | None:
+    """Accept whatever names a device of torch, and None for the model's own."""
+    try:
+        return None if value is None else torch.device(value)
+    except (RuntimeError, TypeError) as error:
+        msg = f"`device` must name a device such as 'cpu' or 'cuda:0', or be None for the model's own, got {value!r}."
+        raise ArgumentError(msg) from error
+
+
+def check_precise_dtype(value: str | torch.dtype | None) -> torch.dtype | None:
+    """Accept float32 or float64, as dtype or by name: small updates vanish by rounding in an average of lower precision."""
+    dtype = getattr(torch, value.removeprefix("torch."), value) if isinstance(value, str) else value
+    if dtype not in (None, torch.float32, torch.float64):
+        msg = (
+            "`dtype` must be 'float32' or 'float64', or None for the model's own with at least float32 "
+            f"(an average of lower precision stops moving), got {value!r}."
+        )
+        raise ArgumentError(msg)
+    return dtype

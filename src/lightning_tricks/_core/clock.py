@@ -1,0 +1,115 @@
+"""Durations, and the moments at which an optimizer has really stepped."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch.optim import Optimizer
+
+from lightning_tricks.errors import ArgumentError, TrickError, UnsupportedOptimizerError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch.utils.hooks import RemovableHandle
+
+    from lightning_tricks._core.lightning import Trainer
+
+__all__ = ["Duration", "after_each_step"]
+
+_FORM = re.compile(r"(?P<amount>\d+)\s*(?P<unit>steps?|epochs?)|(?P<percent>\d+(?:\.\d+)?)\s*%")
+
+
+@dataclass(frozen=True)
+class Duration:
+    """A length of training: optimizer steps, epochs, or a share of the whole fit."""
+
+    amount: float
+    unit: Literal["steps", "epochs", "%"]
+
+    @classmethod
+    def parse(cls, name: str, value: int | str, *, least: int = 0) -> Duration:
+        """Read an argument: an `int` of steps, or a text such as ``"500 steps"``, ``"3 epochs"``, ``"80%"``.
+
+        Args:
+            name: The argument's name, for the error.
+            value: What the user wrote.
+            least: The smallest amount that makes sense for this argument.
+
+        Raises:
+            ArgumentError: If the value is of another form, below `least`, or a share above 100 %.
+        """
+        duration = None
+        if isinstance(value, Integral) and not isinstance(value, bool):
+            duration = cls(int(value), "steps")
+        elif isinstance(value, str) and (found := _FORM.fullmatch(value.strip())):
+            if found["percent"]:
+                duration = cls(float(found["percent"]), "%")
+            else:
+                duration = cls(int(found["amount"]), "steps" if found["unit"].startswith("step") else "epochs")
+        if duration is None or duration.amount < least or (duration.unit == "%" and not 0 <= duration.amount <= 100):
+            msg = (
+                f"`{name}` must be a number of optimizer steps, or a text such as '500 steps', '3 epochs' or '80%' "
+                f"(at least {least}, at most 100%), got {value!r}."
+            )
+            raise ArgumentError(msg)
+        return duration
+
+    def steps(self, name: str, trainer: Trainer) -> int:
+        """Convert to optimizer steps once the Trainer knows its data, that is from `on_fit_start` on.
+
+        Raises:
+            TrickError: If the fit's length is needed and unknown, as with an iterable data set of no length.
+        """
+        if self.unit == "steps":
+            return int(self.amount)
+        whole = self.amount * _steps_per_epoch(trainer) if self.unit == "epochs" else _steps_of_fit(trainer) * self.amount / 100
+        if math.isinf(whole):
+            text = f"{self.amount:g}{'' if self.unit == '%' else ' '}{self.unit}"
+            msg = (
+                f"`{name}='{text}'` needs to know how long training is, and this fit has no known length. "
+                "Give a number of steps, or set `max_steps` or `limit_train_batches` of the Trainer."
+            )
+            raise TrickError(msg)
+        return math.floor(whole + 1e-9)
+
+
+def _steps_per_epoch(trainer: Trainer) -> float:
+    batches = float(trainer.num_training_batches)
+    return batches if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
+
+
+def _steps_of_fit(trainer: Trainer) -> float:
+    """Steps of one optimizer over the whole fit; `max_steps` counts those of all optimizers together."""
+    total = float(trainer.estimated_stepping_batches)
+    return total / max(1, len(trainer.optimizers)) if total == trainer.max_steps else total
+
+
+def after_each_step(optimizer: Optimizer, act: Callable[[], None]) -> RemovableHandle:
+    """Call `act` after each step that the optimizer really takes.
+
+    A step that a gradient scaler skips is none. Fused optimizers skip inside their kernel and tell by ``found_inf``, which is read
+    from the device: one synchronization a step, with fused optimizers under fp16 alone.
+
+    Raises:
+        UnsupportedOptimizerError: If the optimizer has no step hooks.
+    """
+    if not isinstance(optimizer, Optimizer):
+        msg = (
+            f"Steps are counted by a step hook, and {type(optimizer).__name__} has none: it is no `torch.optim.Optimizer`. "
+            "Derive it from that class."
+        )
+        raise UnsupportedOptimizerError(msg)
+    # An optimizer that does not call its base's constructor has hooks that nobody calls; this is what unpickling does, and idempotent.
+    optimizer._patch_step_function()
+
+    def hook(stepped: Optimizer, *_: Any) -> None:
+        found_inf = getattr(stepped, "found_inf", None)
+        if found_inf is None or not found_inf.item():
+            act()
+
+    return optimizer.register_step_post_hook(hook)

@@ -1,0 +1,44 @@
+"""Which callbacks cannot share a Trainer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lightning_tricks._core.lightning import is_averaging_callback
+from lightning_tricks.errors import TrickConflictError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from lightning_tricks._core.lightning import Callback
+
+__all__ = ["check_conflicts"]
+
+
+def check_conflicts(callbacks: Iterable[Callback]) -> None:
+    """Refuse callbacks that would corrupt each other's work.
+
+    Two tricks may not share a state key, since their checkpoints and logs would collide. Only one callback, Lightning's own
+    included, may replace the weights used for evaluation.
+
+    Raises:
+        TrickConflictError: Naming both callbacks and the way out.
+    """
+    callbacks = list(callbacks)
+    keys: dict[str, Callback] = {}
+    for callback in callbacks:
+        if not hasattr(callback, "evaluation_owner"):
+            continue
+        if (key := callback.state_key) in keys:
+            msg = f"{keys[key]!r} and {callback!r} would write to the same place in logs and checkpoints. Give one of them a `name`."
+            raise TrickConflictError(msg)
+        keys[key] = callback
+    owners = [callback for callback in callbacks if getattr(callback, "evaluation_owner", False)]
+    foreign = [callback for callback in callbacks if is_averaging_callback(callback)]
+    if len(owners) > 1:
+        msg = f"{owners[0]!r} and {owners[1]!r} both replace the weights used for evaluation. Keep one, or pass `evaluate=False` to one."
+        raise TrickConflictError(msg)
+    if owners and foreign:
+        other = f"Lightning's {type(foreign[0]).__name__}"
+        msg = f"{owners[0]!r} and {other} both replace the weights used for evaluation. Keep one, or pass `evaluate=False` to the former."
+        raise TrickConflictError(msg)

@@ -1,0 +1,107 @@
+"""The one door to Lightning: every other file imports Lightning's names from here.
+
+Lightning is published twice, as ``lightning.pytorch`` and as ``pytorch_lightning``, and each Trainer accepts callbacks of its own
+package only. With one of the two installed, its names are taken. With both, `Callback` inherits from both, so that a trick fits
+whichever Trainer the user imports, now or later.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Final
+
+from typing_extensions import override
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+    from lightning.pytorch.utilities.seed import isolate_rng
+    from lightning.pytorch.utilities.types import STEP_OUTPUT
+
+__all__ = [
+    "STEP_OUTPUT",
+    "Callback",
+    "LightningModule",
+    "MisconfigurationException",
+    "Trainer",
+    "callbacks_of",
+    "defines",
+    "is_averaging_callback",
+    "is_progress_bar",
+    "isolate_rng",
+    "logs_now",
+    "override",
+    "rank_zero_info",
+    "rank_zero_warn",
+]
+
+
+def _installed() -> list[str]:
+    packages = [name for name in ("lightning", "pytorch_lightning") if find_spec(name) is not None]
+    if not packages:
+        msg = "lightning-tricks needs Lightning, and neither `lightning` nor `pytorch_lightning` is installed: `pip install lightning`."
+        raise ImportError(msg)
+    return packages
+
+
+def _load() -> list[ModuleType]:
+    return [import_module("lightning.pytorch" if name == "lightning" else name) for name in _installed()]
+
+
+_LIGHTNINGS: Final = _load()
+_HOME: Final = _LIGHTNINGS[0]
+
+if not TYPE_CHECKING:
+    Callback = (
+        _HOME.Callback
+        if len(_LIGHTNINGS) == 1
+        else type("Callback", tuple(lightning.Callback for lightning in _LIGHTNINGS), {"__module__": __name__})
+    )
+    MisconfigurationException = import_module(f"{_HOME.__name__}.utilities.exceptions").MisconfigurationException
+    isolate_rng = import_module(f"{_HOME.__name__}.utilities.seed").isolate_rng
+    rank_zero_info = import_module(f"{_HOME.__name__}.utilities").rank_zero_info
+    rank_zero_warn = import_module(f"{_HOME.__name__}.utilities").rank_zero_warn
+    LightningModule, Trainer = _HOME.LightningModule, _HOME.Trainer
+    STEP_OUTPUT = Any
+
+
+def _kinds(*names: str) -> tuple[type, ...]:
+    """Return Lightning's callback classes of these names, from every Lightning installed; older releases lack some."""
+    return tuple(getattr(lightning.callbacks, name) for lightning in _LIGHTNINGS for name in names if hasattr(lightning.callbacks, name))
+
+
+_AVERAGING: Final = _kinds("WeightAveraging", "StochasticWeightAveraging")
+_PROGRESS: Final = _kinds("ProgressBar")
+
+
+def is_averaging_callback(callback: object) -> bool:
+    """Tell whether a callback is one of Lightning's own that replace the weights by an average."""
+    return isinstance(callback, _AVERAGING)
+
+
+def is_progress_bar(callback: object) -> bool:
+    """Tell whether a callback only shows progress."""
+    return isinstance(callback, _PROGRESS)
+
+
+def defines(module: LightningModule, *hooks: str) -> bool:
+    """Tell whether the module's class implements one of these hooks itself.
+
+    The instance's attributes are left aside, since a hook replaced on the instance is ours and not the user's.
+    """
+    return any(getattr(type(module), hook) not in [getattr(lightning.LightningModule, hook) for lightning in _LIGHTNINGS] for hook in hooks)
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """Return the Trainer's callbacks, those the module brings included."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
+
+
+def logs_now(trainer: Trainer) -> bool:
+    """Tell whether the Trainer hands this training step's metrics to its loggers."""
+    return bool(trainer.loggers) and trainer._logger_connector.should_update_logs

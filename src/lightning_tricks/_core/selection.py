@@ -1,0 +1,80 @@
+"""From globs over qualified names to the parameters they select, with a diagnosis when nothing is left."""
+
+from __future__ import annotations
+
+from collections import Counter
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from lightning_tricks.errors import NothingMatchedError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+
+__all__ = ["matches", "select_parameters"]
+
+
+def matches(name: str, patterns: str | Sequence[str]) -> bool:
+    """Tell whether one of the globs matches a qualified name.
+
+    A glob matches the whole name or any part of it that begins after a dot, and it matches a parameter through the name of any
+    module that holds it: ``layer1.?`` and ``layer1`` both select ``model.layer1.0.weight``.
+
+    Example:
+        >>> matches("model.layer1.0.weight", "layer1.?"), matches("model.layer1.0.weight", ["head", "layer2"])
+        (True, False)
+    """
+    globs = (patterns,) if isinstance(patterns, str) else patterns
+    parts = name.split(".")
+    spans = (".".join(parts[i:j]) for j in range(len(parts), 0, -1) for i in range(j))
+    return "*" in globs or any(fnmatchcase(span, glob) for span in spans for glob in globs)
+
+
+def select_parameters(
+    module: nn.Module,
+    where: str | Sequence[str],
+    exclude: str | Sequence[str],
+    *,
+    trick: str,
+) -> dict[str, nn.Parameter]:
+    """Select parameters by name, frozen ones included; tied parameters appear once, under their first name.
+
+    Raises:
+        NothingMatchedError: If no trainable parameter is left, saying which of four reasons holds: the model has no parameters,
+            `where` matches none, `exclude` removes all, or all that are left are frozen.
+    """
+    everything = dict(module.named_parameters())
+    located = {name: parameter for name, parameter in everything.items() if matches(name, where)}
+    selected = {name: parameter for name, parameter in located.items() if not matches(name, exclude)}
+    if any(parameter.requires_grad for parameter in selected.values()):
+        return selected
+    model = type(module).__name__
+    if not everything:
+        reason = f"{model} has none. Build its layers in `__init__`, `setup` or `configure_model`"
+    elif not located:
+        reason = f"`where={where!r}` matched none of {_inventory(module)}. {_hint(where, list(everything))}"
+    elif not selected:
+        reason = f"`exclude={exclude!r}` removed all {len(located)} that `where={where!r}` matched. Exclude less"
+    else:
+        reason = f"all {len(selected)} that `where={where!r}` matched are frozen (`requires_grad=False`). Thaw some, or select others"
+    msg = f"{trick} found no trainable parameter: {reason}."
+    raise NothingMatchedError(msg)
+
+
+def _inventory(module: nn.Module) -> str:
+    kinds = Counter(type(child).__name__ for child in module.modules() if any(True for _ in child.parameters(recurse=False)))
+    listed = ", ".join(f"{kind} ×{count}" for kind, count in kinds.most_common(4))
+    total = sum(1 for _ in module.parameters())
+    return f"{type(module).__name__}'s {total} parameters (in {listed}{', …' if len(kinds) > 4 else ''})"
+
+
+def _hint(where: str | Sequence[str], names: list[str]) -> str:
+    examples = ", ".join(map(repr, names[:2]))
+    modules = list(dict.fromkeys(name.rpartition(".")[0] for name in names if "." in name))
+    wanted = where if isinstance(where, str) else where[0]
+    close = get_close_matches(wanted.rstrip(".*"), [*modules, *(part for module in modules for part in module.split("."))], n=1)
+    suggestion = close[0] if close else names[0].split(".")[0]
+    return f"Names look like {examples}; try `where={suggestion!r}`"

@@ -1,0 +1,67 @@
+"""The abstract base of all callbacks."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC
+from functools import partial
+from inspect import signature
+from typing import TYPE_CHECKING, Any
+
+from lightning_tricks._core.checks import check_name
+from lightning_tricks._core.conflicts import check_conflicts
+from lightning_tricks._core.lightning import Callback, LightningModule, Trainer, callbacks_of, override
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Trick"]
+
+
+class Trick(Callback, ABC):
+    """A callback that knows its own arguments.
+
+    A subclass keeps each argument of its constructor in an attribute of the same name. From these follow its `repr`, which
+    evaluates back, and its copies: pickling and copying give a new trick with the same arguments and no progress.
+    """
+
+    name: str | None
+
+    def __init__(self, name: str | None) -> None:
+        self.name = check_name(name)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The constructor's arguments as they were given."""
+        return {argument: getattr(self, argument) for argument in signature(type(self)).parameters}
+
+    @property
+    def evaluation_owner(self) -> bool:
+        """Whether this trick replaces the weights used for evaluation."""
+        return False
+
+    @property
+    def log_prefix(self) -> str:
+        """First part of the trick's log keys: ``ema`` for EMA(), ``ema_slow`` for EMA(name='slow')."""
+        words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", type(self).__name__).lower()
+        return words if self.name is None else f"{words}_{self.name}"
+
+    @property
+    @override
+    def state_key(self) -> str:
+        kind = type(self).__name__
+        return kind if self.name is None else f"{kind}(name={self.name!r})"
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        check_conflicts(callbacks_of(trainer))
+
+    @override
+    def __repr__(self) -> str:
+        parameters = signature(type(self)).parameters
+        given = (f"{name}={value!r}" for name, value in self.arguments.items() if value != parameters[name].default)
+        return f"{type(self).__name__}({', '.join(given)})"
+
+    @override
+    def __reduce__(self) -> tuple[Callable[..., Trick], tuple[()]]:
+        return partial(type(self), **self.arguments), ()

@@ -1,0 +1,115 @@
+"""Arithmetic on lists of tensors, in place, in the fewest passes over memory, and without a second copy of a model."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lightning_tricks.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+__all__ = ["copy_", "lerp_", "named_tensors", "swap_", "using_weights"]
+
+_PIECE = 1 << 20  # elements handled at once where a temporary copy is needed
+
+
+def lerp_(targets: list[Tensor], sources: list[Tensor], weight: float) -> None:
+    """Move each target towards its source: ``target ← target + weight · (source − target)``.
+
+    Pairs that agree in dtype and device go in one foreach call; in others, the source is converted piece by piece.
+    """
+    if all(_alike(t, s) for t, s in zip(targets, sources, strict=True)):
+        alike, unlike = (targets, sources), []
+    else:
+        pairs = list(zip(targets, sources, strict=True))
+        alike = ([t for t, s in pairs if _alike(t, s)], [s for t, s in pairs if _alike(t, s)])
+        unlike = [(t, s) for t, s in pairs if not _alike(t, s)]
+    with torch.no_grad():
+        if alike[0]:
+            torch._foreach_lerp_(*alike, weight)
+        for target, source in unlike:
+            for t, s in _pieces(target, source):
+                t.lerp_(s.to(t.device, t.dtype), weight)
+
+
+def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Write each source into its target, converting dtype and device."""
+    if targets:
+        with torch.no_grad():
+            torch._foreach_copy_(list(targets), list(sources))
+
+
+def swap_(left: Sequence[Tensor], right: Sequence[Tensor]) -> None:
+    """Exchange the contents of tensors of equal shape and dtype, through a temporary copy of one small piece at a time."""
+    with torch.no_grad():
+        for a, b in zip(left, right, strict=True):
+            for x, y in _pieces(a, b):
+                kept = x.clone()
+                x.copy_(y)
+                y.copy_(kept)
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.dtype is b.dtype and a.get_device() == b.get_device()
+
+
+def _pieces(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cut two tensors of one shape along their first dimension into views of about `_PIECE` elements."""
+    if a.numel() <= _PIECE:
+        yield a, b
+        return
+    if a.shape[0] == 1:
+        yield from _pieces(a[0], b[0])
+        return
+    rows = max(1, _PIECE * a.shape[0] // a.numel())
+    for x, y in zip(torch.split(a, rows), torch.split(b, rows), strict=True):
+        yield from _pieces(x, y) if rows == 1 else [(x, y)]
+
+
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and buffers by every name they have, tied ones under each."""
+    return {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers(remove_duplicate=False))}
+
+
+@contextmanager
+def using_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Put other weights into a model for the length of a ``with`` block.
+
+    The model's own weights return at the end, also after an exception. The tensors in `weights` are read only. Meanwhile one more
+    copy of the tensors named exists.
+
+    Args:
+        model: Any module; it is changed in place.
+        weights: Tensors by qualified name, such as a state dict or ``EMA.averaged_state_dict()``; a part of the model will do.
+
+    Raises:
+        ArgumentError: If a name is not in the model, or a shape differs; the model is then as it was.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> with using_weights(model, {"bias": torch.tensor([7.0])}):
+        ...     model(torch.zeros(2)).item()
+        7.0
+    """
+    own = named_tensors(model)
+    own = {name: own[name] for name in weights if name in own}
+    unknown = [name for name in weights if name not in own]
+    if unknown:
+        msg = f"`weights` must name parameters or buffers of {type(model).__name__}, got {unknown[0]!r} ({len(unknown)} unknown names)."
+        raise ArgumentError(msg)
+    for name, tensor in own.items():
+        if tensor.shape != weights[name].shape:
+            msg = f"`weights[{name!r}]` must have the shape {tuple(tensor.shape)} of the model, got {tuple(weights[name].shape)}."
+            raise ArgumentError(msg)
+    targets = list({id(tensor): tensor for tensor in own.values()}.values())
+    kept = [tensor.detach().clone() for tensor in targets]
+    try:
+        copy_(list(own.values()), [weights[name] for name in own])
+        yield
+    finally:
+        copy_(targets, kept)

@@ -1,0 +1,343 @@
+"""The callback behind every average: it decides when to update, which weights the model holds, and what a checkpoint keeps."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+from lightning_tricks._core.checkpoint import read_entry, restore_raw, write_entry
+from lightning_tricks._core.checks import check_choice, check_device, check_patterns, check_precise_dtype
+from lightning_tricks._core.clock import Duration, after_each_step
+from lightning_tricks._core.evaluation import validate_aside
+from lightning_tricks._core.lightning import (
+    STEP_OUTPUT,
+    LightningModule,
+    Trainer,
+    callbacks_of,
+    defines,
+    logs_now,
+    override,
+    rank_zero_info,
+    rank_zero_warn,
+)
+from lightning_tricks._core.selection import select_parameters
+from lightning_tricks._core.strategies import require_whole_weights
+from lightning_tricks._core.surgery import Patches
+from lightning_tricks._core.trick import Trick
+from lightning_tricks._core.weights import copy_, named_tensors
+from lightning_tricks.averaging._averages import Averages
+from lightning_tricks.averaging._records import pack, unpack
+from lightning_tricks.averaging._roster import Roster, list_places
+from lightning_tricks.averaging._tracks import Storage, Track
+from lightning_tricks.errors import NothingMatchedError, TrickError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import torch
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+    from torch.utils.hooks import RemovableHandle
+
+__all__ = ["WeightAverage"]
+
+
+class WeightAverage(Trick):
+    """A running average of the weights; subclasses say by how much an update moves it."""
+
+    def __init__(
+        self,
+        *,
+        start: int | str,
+        every: int | str,
+        buffers: Literal["average", "copy", "keep"],
+        device: str | torch.device | None,
+        dtype: str | torch.dtype | None,
+        where: str | Sequence[str],
+        exclude: str | Sequence[str],
+        evaluate: bool | Literal["both"],
+        name: str | None,
+    ) -> None:
+        super().__init__(name)
+        self.start, self.every = start, every
+        self._start, self._every = Duration.parse("start", start), Duration.parse("every", every, least=1)
+        self.buffers = check_choice("buffers", buffers, ("average", "copy", "keep"))
+        self._storage = Storage(check_device(device), check_precise_dtype(dtype))
+        self.device = None if self._storage.device is None else str(self._storage.device)
+        self.dtype = None if self._storage.dtype is None else str(self._storage.dtype).removeprefix("torch.")
+        self.where = check_patterns("where", where, empty=False)
+        self.exclude = check_patterns("exclude", exclude, empty=True)
+        self.evaluate = check_choice("evaluate", evaluate, (True, False, "both"))
+        self._averages: Averages | None = None  # of the model seen last
+        self._roster: Roster | None = None
+        self._patches = Patches()
+        self._hooks: list[RemovableHandle] = []
+        self._was_inside = False  # before the present evaluation
+        self._ended_epoch = -1
+        self._start_step: int | None = None  # None where the duration is in epochs
+        self._every_steps: int | None = None
+
+    # What a subclass says
+
+    @abstractmethod
+    def _weight(self, track: Track) -> float:
+        """Return by how much an update now moves the average towards the weights."""
+
+    @abstractmethod
+    def _quantities(self, track: Track) -> dict[str, float]:
+        """Return what to log, by name."""
+
+    def _resolve(self, trainer: Trainer) -> None:
+        """Convert durations to steps, once the Trainer knows its data."""
+        self._start_step = None if self._start.unit == "epochs" else self._start.steps("start", trainer)
+        self._every_steps = None if self._every.unit == "epochs" else max(1, self._every.steps("every", trainer))
+
+    # What a user asks
+
+    def averaged_state_dict(self) -> dict[str, Tensor]:
+        """Return the model's state dict with averaged weights, as copies; the raw ones where no average has begun."""
+        averages = self._seen()
+        return {name: value.clone() for name, value in averages.replaced(averages.module.state_dict(), averages.averaged()).items()}
+
+    def raw_state_dict(self) -> dict[str, Tensor]:
+        """Return the model's state dict with the weights that training has reached, as copies, during and after a fit."""
+        averages = self._seen()
+        return {name: value.clone() for name, value in averages.replaced(averages.module.state_dict(), averages.raw()).items()}
+
+    def _seen(self) -> Averages:
+        if self._averages is None:
+            msg = f"{self!r} has seen no model yet. Ask for its weights after `trainer.fit` has begun."
+            raise TrickError(msg)
+        return self._averages
+
+    @property
+    @override
+    def evaluation_owner(self) -> bool:
+        return self.evaluate is not False
+
+    # Before a fit
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        require_whole_weights(trainer, repr(self))
+        if stage == "fit":
+            try:
+                self._select(pl_module)
+            except NothingMatchedError:
+                if not defines(pl_module, "setup", "configure_model"):  # which build layers later; `on_fit_start` looks again
+                    raise
+            self._take_up(pl_module)
+            if self.evaluation_owner:
+                self._patches.wrap(trainer.strategy, "lightning_module_state_dict", self._deploying)
+        if self.evaluate == "both" and stage in {"fit", "validate"}:
+            loop = trainer.fit_loop.epoch_loop.val_loop if stage == "fit" else trainer.validate_loop
+            self._patches.wrap(loop, "run", lambda run: partial(self._run_twice, trainer, loop, run))
+
+    def _take_up(self, module: LightningModule) -> None:
+        """Go on where an earlier fit of this model ended, or start anew."""
+        if self._averages is None or not self._checked(module, "this fit starts a new average").tracks:
+            self._averages = Averages(module)
+        self._averages.put_raw()
+
+    def _checked(self, module: LightningModule, consequence: str) -> Averages:
+        """Return the averages, emptied if the model is no longer as the Trainer left it."""
+        averages = self._seen()
+        if averages.tracks and not averages.untouched(module):
+            rank_zero_info(f"The model is not the one {self!r} has averaged, or its weights have been changed since: {consequence}.")
+            self._averages = averages = Averages(module)
+        return averages
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        moved = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+        if not any(id(parameter) in moved for parameter in self._select(pl_module).values()):
+            msg = (
+                f"{self!r} averages once per optimizer step, and no optimizer of {type(pl_module).__name__} has any parameter that it "
+                "selects. Return one from `configure_optimizers`, or remove the callback."
+            )
+            raise TrickError(msg)
+
+    def _select(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        return select_parameters(module, self.where, self.exclude, trick=repr(self))
+
+    # During a fit
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._resolve(trainer)
+        averages = self._seen()
+        places = list_places(pl_module, self._select(pl_module), self.where, self.exclude, self.buffers)
+        self._roster = Roster(trainer.optimizers, self._storage, steps=trainer.global_step)
+        lost, joined = self._roster.enroll(places, averages.tracks)
+        averages.tracks = self._roster.tracks
+        if lost:
+            rank_zero_warn(f"{self!r} no longer selects {_some(lost)}; their averages are dropped.")
+        if joined:
+            rank_zero_warn(f"{self!r} had no average of {_some(joined)}; it starts from the present weights.")
+        self._hooks = [after_each_step(optimizer, partial(self._stepped, trainer, i)) for i, optimizer in enumerate(trainer.optimizers)]
+        self._begin_where_due(trainer)
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin_where_due(trainer)
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if self._roster is not None:
+            self._roster.admit()
+
+    def _stepped(self, trainer: Trainer, optimizer: int) -> None:
+        for track in self._seen().tracks:
+            if optimizer in track.optimizers and not track.inside:
+                track.steps += 1
+                if track.begun is not None and self._every_steps and (track.steps - track.begun) % self._every_steps == 0:
+                    track.update(self._weight(track))
+        self._begin_where_due(trainer)
+
+    def _begin_where_due(self, trainer: Trainer) -> None:
+        for track in self._seen().tracks:
+            reached = trainer.current_epoch >= self._start.amount if self._start_step is None else track.steps >= self._start_step
+            if track.begun is None and reached:
+                track.begin(trainer.current_epoch)
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int) -> None:
+        if trainer.is_last_batch:  # before the validation that follows, unlike `on_train_epoch_end`
+            self._end_epoch(trainer)
+        if logs_now(trainer) and (track := next((track for track in self._seen().tracks if track.begun is not None), None)):
+            pl_module.log_dict({f"{self.log_prefix}/{key}": value for key, value in self._quantities(track).items()})
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end_epoch(trainer)  # of an epoch cut short
+
+    def _end_epoch(self, trainer: Trainer) -> None:
+        if self._every_steps is not None or self._ended_epoch == trainer.current_epoch:
+            return
+        self._ended_epoch = trainer.current_epoch
+        for track in self._seen().tracks:
+            due = track.begun is not None and (trainer.current_epoch + 1 - track.epoch) % int(self._every.amount) == 0
+            if due and track.steps > track.latest:
+                track.update(self._weight(track))
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._unhook()
+        if self.evaluation_owner:
+            self._seen().put_average()
+        self._seen().mark()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._unhook()
+        if self._averages is not None and self._averages.module is pl_module:
+            self._was_inside &= trainer.state.fn != "fit"
+            self._leave()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._unhook()
+        self._patches.undo()
+
+    def _unhook(self) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    # During an evaluation, inside a fit or on its own
+
+    def _enter(self, module: LightningModule) -> None:
+        if self._averages is None:
+            return
+        averages = self._averages if self._hooks else self._checked(module, "it is evaluated as it is")
+        self._was_inside = averages.inside
+        if self.evaluation_owner:
+            averages.put_average()
+
+    def _leave(self) -> None:
+        if self._averages is None:
+            return
+        if not self._was_inside:
+            self._averages.put_raw()
+        self._averages.mark()
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._enter(pl_module)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave()
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._enter(pl_module)
+
+    @override
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave()
+
+    @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._enter(pl_module)
+
+    @override
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave()
+
+    def _run_twice(self, trainer: Trainer, loop: Any, run: Callable[[], Any]) -> Any:
+        """Validate the raw weights aside, then the average as always."""
+        averages = self._averages
+        if averages is not None and averages.begun and not trainer.sanity_checking and (self._hooks or averages.untouched(averages.module)):
+            was_inside = averages.inside
+            averages.put_raw()
+            validate_aside(trainer, loop, "raw")
+            if was_inside:
+                averages.put_average()
+            averages.mark()
+        return run()
+
+    # Checkpoints
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        averages = self._averages
+        if averages is None or averages.module is not pl_module:
+            return
+        if self.evaluation_owner:
+            checkpoint["state_dict"] = averages.replaced(checkpoint["state_dict"], averages.averaged())
+        entry = pack(averages, checkpoint["state_dict"], deployed=self.evaluation_owner)
+        write_entry(checkpoint, self.state_key, repr(self), {**entry, "ended_epoch": self._ended_epoch})
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        fitting = trainer.state.fn == "fit"
+        entry = read_entry(checkpoint, self.state_key)
+        tracks, raw = ([], {}) if entry is None else unpack(entry, checkpoint["state_dict"], pl_module, self.state_key, self._storage)
+        self._ended_epoch = -1 if entry is None else entry.get("ended_epoch", -1)
+        if fitting:
+            own = named_tensors(pl_module)
+            copy_([own[name] for name in raw], list(raw.values()))
+            if entry is None:
+                rank_zero_info(f"{self!r} found no average of its own in the checkpoint; it starts from the checkpoint's weights.")
+            if absent := restore_raw(pl_module, checkpoint, [callback.state_key for callback in callbacks_of(trainer)]):
+                rank_zero_warn(
+                    f"The checkpoint was made with {absent[0]}, which this Trainer lacks: training goes on from its raw weights, "
+                    "and its average is dropped. Add the callback to keep it."
+                )
+        elif raw:
+            for track in tracks:
+                track.adopt(raw)
+        self._averages = Averages(pl_module, tracks)
+
+    def _deploying(self, state_dict: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+        def deployed() -> dict[str, Any]:
+            averages = self._seen()
+            return averages.replaced(state_dict(), averages.averaged())
+
+        return deployed
+
+
+def _some(names: list[str]) -> str:
+    return f"{names[0]!r}" if len(names) == 1 else f"{names[0]!r} and {len(names) - 1} more"

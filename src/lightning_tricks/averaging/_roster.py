@@ -1,0 +1,112 @@
+"""Which tensors are averaged, and which optimizer moves each."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch.nn.parameter import is_lazy
+
+from lightning_tricks._core.selection import matches
+from lightning_tricks.averaging._tracks import Place, Storage, Track
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import nn
+    from torch.optim import Optimizer
+
+__all__ = ["Roster", "list_places", "place_of"]
+
+
+def place_of(module: nn.Module, name: str, buffers: Literal["average", "keep"]) -> Place:
+    """Return where a named parameter or buffer lives."""
+    path, _, key = name.rpartition(".")
+    owner = module.get_submodule(path)
+    return Place(owner, key, "parameter" if key in owner._parameters else buffers)
+
+
+class Roster:
+    """The assignment of tensors to tracks.
+
+    Each parameter goes with the optimizer that holds it, buffers and parameters that no optimizer holds with the first. A frozen
+    parameter waits until it is thawed, one that is not initialized until it is.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer], storage: Storage, *, steps: int) -> None:
+        self.tracks: list[Track] = []
+        self.waiting: dict[str, Place] = {}
+        self._optimizers, self._storage = optimizers, storage
+        self._moved: list[set[int]] = []
+        self._steps = steps // max(1, len(optimizers))  # of each, where no track has counted them
+
+    def enroll(self, places: Mapping[str, Place], earlier: Sequence[Track]) -> tuple[list[str], list[str]]:
+        """Assign every place to a track, taking counts and averages over from earlier tracks.
+
+        Returns:
+            Names whose earlier average is no longer wanted, and names that join averages begun earlier.
+        """
+        self._look_up_moved()
+        held = {name: track for track in earlier for name in track.places}
+        for name, place in places.items():
+            source = held.get(name)
+            average = source.averages.get(name) if source else None
+            if average is None and not _ready(place):
+                self.waiting[name] = place
+                continue
+            fits = average is not None and average.shape == place.tensor.shape
+            self._track_of(place, source).follow(name, place, average if fits else None)
+        lost = [name for track in earlier for name in track.averages if name not in places]
+        joined = [name for track in self.tracks for name in track.averages if earlier and name not in held]
+        return lost, joined
+
+    def admit(self) -> None:
+        """Let those in that need wait no longer, before the optimizer moves them for the first time."""
+        admitted = [name for name, place in self.waiting.items() if _ready(place)]
+        if admitted:
+            self._look_up_moved()
+        for name in admitted:
+            place = self.waiting.pop(name)
+            self._track_of(place, None).follow(name, place)
+
+    def _look_up_moved(self) -> None:
+        self._moved = [{id(p) for group in optimizer.param_groups for p in group["params"]} for optimizer in self._optimizers]
+
+    def _track_of(self, place: Place, source: Track | None) -> Track:
+        key = tuple(i for i, moved in enumerate(self._moved) if id(place.tensor) in moved) or (0,)
+        for track in self.tracks:
+            if track.optimizers == key:
+                return track
+        track = Track(key, self._storage, steps=self._steps)
+        if source is not None:
+            track.steps, track.begun, track.epoch = source.steps, source.begun, source.epoch
+            track.latest, track.updates = source.latest, source.updates
+        self.tracks.append(track)
+        return track
+
+
+def list_places(
+    module: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    where: str | Sequence[str],
+    exclude: str | Sequence[str],
+    buffers: Literal["average", "copy", "keep"],
+) -> dict[str, Place]:
+    """Return the places of the parameters and, unless they are copied, of the floating-point buffers that a state dict holds.
+
+    A buffer with infinities, such as an attention mask, is a constant: averaging would turn it into NaNs.
+    """
+    places = {name: place_of(module, name, "keep") for name in parameters}
+    if buffers == "copy":
+        return places
+    for name, buffer in module.named_buffers():
+        place = place_of(module, name, buffers)
+        wanted = matches(name, where) and not matches(name, exclude)
+        stored = place.key not in place.owner._non_persistent_buffers_set
+        if wanted and stored and (is_lazy(buffer) or (buffer.is_floating_point() and bool(torch.isfinite(buffer).all()))):
+            places[name] = place
+    return places
+
+
+def _ready(place: Place) -> bool:
+    return not is_lazy(place.tensor) and (place.kind != "parameter" or place.tensor.requires_grad)

@@ -1,0 +1,192 @@
+"""Averages beside the tensors they follow, and which of the two the model holds.
+
+One `Track` follows the tensors that one optimizer moves (or the same several optimizers). It counts that optimizer's steps, so
+that an average is updated when, and only when, the weights it follows have taken a step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_tricks._core.weights import copy_, lerp_, swap_
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import nn
+
+__all__ = ["Place", "Storage", "Track"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lives. It is looked up at each use, so that a tensor put there later is found."""
+
+    owner: nn.Module
+    key: str
+    kind: Literal["parameter", "average", "keep"]  # a parameter, or what becomes of a buffer
+
+    @property
+    def tensor(self) -> Tensor:
+        """The tensor that lives here now."""
+        tensor = self.table[self.key]
+        assert tensor is not None
+        return tensor
+
+    @property
+    def table(self) -> Mapping[str, Tensor | None]:
+        """Where its owner keeps tensors of this kind; the same object for as long as the owner lives."""
+        return self.owner._parameters if self.kind == "parameter" else self.owner._buffers
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How averages are kept.
+
+    Attributes:
+        device: The device; None for beside their tensor.
+        dtype: The dtype; None for the tensor's own, with at least float32.
+    """
+
+    device: torch.device | None
+    dtype: torch.dtype | None
+
+
+@dataclass
+class Track:
+    """The averages of the tensors that one optimizer moves.
+
+    Attributes:
+        optimizers: Indices of the optimizers that move these tensors.
+        storage: How averages are kept.
+        steps: Steps taken so far.
+        begun: Number of steps at which the average began; None before.
+        epoch: Epoch in which it began.
+        latest: Number of steps at the latest update.
+        updates: Number of updates.
+        inside: Whether the model holds the averages. Then `averages` holds the training weights where the dtypes agree, and the
+            untouched averages, of which the model has a rounded copy, where they do not.
+    """
+
+    optimizers: tuple[int, ...]
+    storage: Storage
+    steps: int = 0
+    begun: int | None = None
+    epoch: int = 0
+    latest: int = 0
+    updates: int = 0
+    inside: bool = False
+    places: dict[str, Place] = field(default_factory=dict)
+    averages: dict[str, Tensor] = field(default_factory=dict)
+    _raw_of_rounded: dict[str, Tensor] = field(default_factory=dict)
+    _buffers: list[str] = field(default_factory=list)
+    _moving: tuple[list[tuple[Mapping[str, Tensor | None], str]], list[Tensor]] | None = None  # what an update needs, looked up once
+
+    @property
+    def age(self) -> int:
+        """Steps from the average's beginning to its latest update."""
+        return self.latest - (self.begun or 0)
+
+    def follow(self, name: str, place: Place, average: Tensor | None = None) -> None:
+        """Add a tensor. If the track has begun, its average is `average`, or else the tensor as it is now."""
+        assert not self.inside
+        self.places[name] = place
+        if place.kind != "parameter":
+            self._buffers.append(name)
+        if self.begun is not None:
+            self._store(name, average)
+
+    def begin(self, epoch: int) -> None:
+        """Start every average as its tensor is now."""
+        self.begun = self.latest = self.steps
+        self.epoch = epoch
+        for name in self.places:
+            self._store(name)
+
+    def update(self, weight: float) -> None:
+        """Move every average by `weight` towards its tensor."""
+        assert not self.inside
+        self._restart_resized()
+        if self._moving is None:
+            names = [name for name, place in self.places.items() if place.kind != "keep"]
+            self._moving = [(self.places[name].table, self.places[name].key) for name in names], [self.averages[name] for name in names]
+        places, averages = self._moving
+        lerp_(averages, [table[key] for table, key in places], weight)  # type: ignore[misc]
+        self.latest = self.steps
+        self.updates += 1
+
+    def put_average(self) -> None:
+        """Let the model hold the averages."""
+        if self.inside or self.begun is None:
+            return
+        self._restart_resized()
+        with torch.inference_mode(mode=False):
+            rounded = {name: tensor for name, tensor in self._live().items() if tensor.dtype != self.averages[name].dtype}
+            self._raw_of_rounded = {name: tensor.detach().clone() for name, tensor in rounded.items()}
+            copy_(list(rounded.values()), [self.averages[name] for name in rounded])
+            self._exchange()
+        self.inside = True
+
+    def put_raw(self) -> None:
+        """Let the model hold the training weights again."""
+        if not self.inside:
+            return
+        with torch.inference_mode(mode=False):
+            copy_([self.places[name].tensor for name in self._raw_of_rounded], list(self._raw_of_rounded.values()))
+            self._exchange()
+        self._raw_of_rounded = {}
+        self.inside = False
+
+    def adopt(self, raw: dict[str, Tensor]) -> None:
+        """Take note that the model has been given the averages from elsewhere, and that these are the training weights."""
+        assert not self.inside
+        for name, tensor in self._live().items():
+            table = self.averages if tensor.dtype == self.averages[name].dtype else self._raw_of_rounded
+            table[name] = raw[name]
+        self._moving = None
+        self.inside = True
+
+    def raw(self) -> dict[str, Tensor]:
+        """Return the training weights, wherever they are, without a copy."""
+        live = {name: tensor.detach() for name, tensor in self._live().items()}
+        return {**self.averages, **self._raw_of_rounded} if self.inside else live
+
+    def averaged(self) -> dict[str, Tensor]:
+        """Return the averages, wherever they are, without a copy."""
+        if not self.inside:
+            return dict(self.averages)
+        return {name: self.averages[name] if name in self._raw_of_rounded else tensor.detach() for name, tensor in self._live().items()}
+
+    def versions(self) -> list[int]:
+        """Return numbers that change when somebody writes to a tensor that is followed."""
+        return [tensor._version for tensor in self._live().values()]
+
+    def _live(self) -> dict[str, Tensor]:
+        return {name: self.places[name].tensor for name in self.averages}
+
+    def _exchange(self) -> None:
+        names = [name for name in self.averages if name not in self._raw_of_rounded]
+        swap_([self.places[name].tensor for name in names], [self.averages[name] for name in names])
+
+    def _store(self, name: str, value: Tensor | None = None) -> None:
+        self._moving = None
+        like = self.places[name].tensor
+        dtype = self.storage.dtype or torch.promote_types(like.dtype, torch.float32)
+        device = self.storage.device or like.device
+        if value is not None and (value.dtype, value.device) == (dtype, device):
+            self.averages[name] = value
+            return
+        with torch.inference_mode(mode=False), torch.no_grad():
+            average = torch.empty_like(like, dtype=dtype, device=device, requires_grad=False)
+            self.averages[name] = average.copy_(like if value is None else value)
+
+    def _restart_resized(self) -> None:
+        """Begin anew where a buffer has been replaced by one of another shape."""
+        for name in self._buffers:
+            place = self.places[name]
+            if place.tensor.shape != self.averages[name].shape:
+                self._store(name)

@@ -1,0 +1,46 @@
+"""The errors of lightning-tricks.
+
+Each inherits from `TrickError` and from the class a caller would expect, and says what must hold, what was found and what to do.
+"""
+
+from __future__ import annotations
+
+from lightning_tricks._core.lightning import MisconfigurationException
+
+__all__ = [
+    "ArgumentError",
+    "CheckpointError",
+    "NothingMatchedError",
+    "TrickConflictError",
+    "TrickError",
+    "UnsupportedOptimizerError",
+    "UnsupportedStrategyError",
+]
+
+
+class TrickError(Exception):
+    """Base of all errors raised by lightning-tricks."""
+
+
+class ArgumentError(TrickError, ValueError, TypeError):
+    """An argument lies outside its domain or has the wrong type."""
+
+
+class NothingMatchedError(TrickError, ValueError):
+    """A selection by name or kind leaves nothing for the trick to act on."""
+
+
+class TrickConflictError(TrickError, MisconfigurationException):
+    """Two callbacks of one Trainer cannot work together."""
+
+
+class UnsupportedStrategyError(TrickError, MisconfigurationException):
+    """A trick cannot work under the Trainer's strategy."""
+
+
+class UnsupportedOptimizerError(TrickError, MisconfigurationException):
+    """A trick cannot follow one of the module's optimizers."""
+
+
+class CheckpointError(TrickError, RuntimeError):
+    """A checkpoint's record of a trick is damaged or does not fit the model; nothing of it was loaded."""

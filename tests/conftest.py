@@ -1,0 +1,14 @@
+"""Shared fixtures."""
+
+import logging
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # sums in another order would differ in the last bit
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)

@@ -1,0 +1,91 @@
+"""The table that drives the contract suite: one row per public trick."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import lightning_tricks as lt
+from contracts.harness import Net
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    import lightning.pytorch as pl
+
+
+@dataclass(frozen=True)
+class Case:
+    """A trick and how the suite uses it.
+
+    Attributes:
+        trick: The callback's class.
+        acting: Arguments under which it changes something within fifteen steps.
+        neutral: Arguments under which it changes nothing.
+        wrong: Wrong arguments, each with words of the error.
+        nothing_matched: Arguments that select nothing in the model, with words of the error.
+        model: Makes the model.
+        skips: Promises that do not apply, each with the reason.
+    """
+
+    trick: type
+    acting: Mapping[str, Any]
+    neutral: Mapping[str, Any]
+    wrong: tuple[tuple[Mapping[str, Any], str], ...]
+    nothing_matched: tuple[tuple[Mapping[str, Any], str], ...] = ()
+    model: Callable[[], pl.LightningModule] = Net
+    skips: Mapping[str, str] = field(default_factory=dict)
+
+    def make(self, **changes: Any) -> Any:
+        """Make the callback with its acting arguments."""
+        return self.trick(**{**self.acting, **changes})
+
+
+AVERAGING_WRONG = (
+    ({"start": "80"}, "`start` must be a number of optimizer steps, or a text such as '500 steps'"),
+    ({"start": -1}, "got -1"),
+    ({"start": True}, "got True"),
+    ({"start": "120%"}, "got '120%'"),
+    ({"start": 1.5}, "got 1.5"),
+    ({"every": 0}, "`every` must be a number of optimizer steps"),
+    ({"every": "0 epochs"}, "got '0 epochs'"),
+    ({"buffers": "sync"}, "`buffers` must be one of 'average', 'copy', 'keep', got 'sync'"),
+    ({"device": "gpu7"}, "`device` must name a device such as 'cpu'"),
+    ({"dtype": "bfloat16"}, "`dtype` must be 'float32' or 'float64'"),
+    ({"dtype": "float99"}, "got 'float99'"),
+    ({"where": ""}, "`where` must be a glob over qualified names"),
+    ({"where": []}, "`where` must be a glob"),
+    ({"where": 3}, "got 3"),
+    ({"exclude": [None]}, "`exclude` must be a glob"),
+    ({"evaluate": "never"}, "`evaluate` must be one of True, False, 'both', got 'never'"),
+    ({"evaluate": 1}, "got 1"),
+    ({"name": "two words"}, "`name` must be a word"),
+)
+
+CASES = [
+    Case(
+        lt.EMA,
+        acting={"decay": 0.8},
+        neutral={"evaluate": False},
+        wrong=(
+            ({"decay": 1.5}, "`decay` must lie in [0, 1], got 1.5."),
+            ({"decay": -0.1}, "got -0.1"),
+            ({"decay": "0.9"}, "got '0.9'"),
+            ({"decay": float("nan")}, "got nan"),
+            ({"decay": 0.9, "half_life": 5}, "`decay` and `half_life` say the same thing, got decay=0.9 and half_life=5"),
+            ({"half_life": 0}, "`half_life` must be"),
+            ({"half_life": "soon"}, "got 'soon'"),
+            ({"warmup": "-3"}, "`warmup` must be"),
+            *AVERAGING_WRONG,
+        ),
+        nothing_matched=(
+            ({"where": "*.block*"}, "`where='*.block*'` matched none of Net's"),
+            ({"exclude": "*"}, "`exclude='*'` removed all"),
+            ({"where": "frozen"}, "all 2 that `where='frozen'` matched are frozen"),
+        ),
+        skips={
+            "fsdp2": "refused in `setup`: averages of sharded weights are not there yet",
+            "remove": "a callback that changes no module has nothing to remove",
+        },
+    ),
+]

@@ -1,0 +1,154 @@
+"""Checks every trick on two processes: ``python ddp_worker.py FOLDER`` under the variables of torchrun; writes ``FOLDER/rank.json``."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from contracts.cases import CASES, Case
+from contracts.harness import Loader, assert_equal, make_trainer, weights
+from lightning_tricks import errors
+
+RANK = int(os.environ["RANK"])
+
+
+class Trained(Callback):
+    """Keeps the training weights after the latest batch."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.weights, self.loss = weights(pl_module), pl_module.losses[-1]
+
+
+def fit(callbacks, case: Case, **options):
+    """Train on data that differ between the ranks."""
+    ckpt_path = options.pop("ckpt_path", None)
+    torch.manual_seed(0)
+    module, trained = case.model(), Trained()
+    module.body[3].p = 0.0
+    strategy = options.pop("strategy", DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=120)))
+    trainer = make_trainer([*callbacks, trained], devices=2, strategy=strategy, use_distributed_sampler=False, **options)
+    trainer.fit(module, Loader(seed=RANK), Loader(2, seed=5 + RANK), ckpt_path=ckpt_path)
+    return module, trained
+
+
+def gathered(values):
+    """Collect one object from each rank."""
+    everyone = [None, None]
+    torch.distributed.all_gather_object(everyone, values)
+    return everyone
+
+
+def check_ranks_agree(case: Case, folder: Path) -> None:
+    """Weights and averages are the same on both ranks, although their data differ."""
+    module, trained = fit([case.make()], case)
+    states = gathered({name: value for name, value in weights(module).items() if "running" not in name})
+    assert_equal(*states)
+    losses = gathered(trained.loss)
+    assert losses[0] != losses[1]
+
+
+def check_neutral_is_nothing(case: Case, folder: Path) -> None:
+    """Neutral arguments change nothing."""
+    module, trained = fit([case.trick(**case.neutral)], case)
+    plain, plainly = fit([], case)
+    assert_equal(weights(module), weights(plain))
+    assert_equal(trained.weights, plainly.weights)
+
+
+def check_resume(case: Case, folder: Path) -> None:
+    """A resumed run equals one that never stopped."""
+    keep = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}", enable_version_counter=False)
+    whole, trained = fit([case.make(), keep], case)
+    again, retrained = fit([case.make()], case, ckpt_path=str(folder / "step=10.ckpt"))
+    assert_equal(trained.weights, retrained.weights)
+    own = {name for name in weights(whole) if RANK == 0 or "running" not in name}  # a checkpoint has rank zero's statistics
+    assert_equal(*({name: value for name, value in weights(module).items() if name in own} for module in (whole, again)))
+
+
+def check_one_process_equals_two(case: Case, folder: Path) -> None:
+    """With the same data on both ranks, two processes train as one does."""
+    torch.manual_seed(0)
+    model = case.model()
+    model.body[3].p = 0.0
+    trick = case.make()
+    trainer = make_trainer([trick], devices=2, strategy=DDPStrategy(process_group_backend="gloo"), use_distributed_sampler=False)
+    trainer.fit(model, Loader(seed=0), Loader(2, seed=5))
+    expected = torch.load(folder / "single.pt", weights_only=True)
+    for name, value in weights(model).items():
+        torch.testing.assert_close(value, expected[name], msg=name)
+
+
+def check_exception_returns_training_weights(case: Case, folder: Path) -> None:
+    """An exception in validation leaves the training weights in the model, on every rank."""
+
+    class Fails(Trained):
+        def on_validation_epoch_end(self, trainer, pl_module):
+            raise RuntimeError("in validation")  # noqa: EM101, TRY003
+
+    torch.manual_seed(0)
+    module, fails = case.model(), Fails()
+    trainer = make_trainer(
+        [case.make(), fails], devices=2, strategy=DDPStrategy(process_group_backend="gloo"), use_distributed_sampler=False
+    )
+    try:
+        trainer.fit(module, Loader(seed=RANK), Loader(2))
+    except RuntimeError as error:
+        assert "in validation" in str(error)  # noqa: PT017
+    states = (weights(module), fails.weights)  # without statistics, which DDP sends from rank zero in a forward pass of any kind
+    assert_equal(*({name: value for name, value in state.items() if "running" not in name} for state in states))
+
+
+def check_sharding_is_refused(case: Case, folder: Path) -> None:
+    """Sharded strategies are refused in `setup`, saying why."""
+
+    class OnCPU(FSDPStrategy):
+        """Lightning refuses the exact class on the CPU."""
+
+    for strategy in (ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1), OnCPU()):
+        module = case.model()
+        try:
+            make_trainer([case.make()], devices=2, strategy=strategy).fit(module, Loader())
+        except errors.UnsupportedStrategyError as error:
+            assert "shards them" in str(error)  # noqa: PT017
+            assert case.trick.__name__ in str(error)  # noqa: PT017
+        else:
+            message = f"{type(strategy).__name__} was not refused"
+            raise AssertionError(message)
+
+
+CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]
+
+
+def main() -> None:
+    """Run every check over every trick, and write down what failed."""
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    root, results = Path(sys.argv[1]), {}
+    for case in CASES:
+        for check in CHECKS:
+            key = f"{case.trick.__name__}-{check.__name__.removeprefix('check_')}"
+            if check is check_sharding_is_refused and "fsdp2" not in case.skips:
+                continue
+            folder = root / key if check is check_resume else root / case.trick.__name__
+            folder.mkdir(exist_ok=True)
+            try:
+                check(case, folder)
+                results[key] = "passed"
+            except Exception:  # noqa: BLE001  # whatever it is, the parent process shows it
+                results[key] = traceback.format_exc()
+            (root / f"{RANK}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

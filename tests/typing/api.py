@@ -1,0 +1,35 @@
+"""What a user writes, checked by mypy and never run."""
+
+from collections.abc import Mapping
+
+import lightning as L  # noqa: N812
+import torch
+from torch import nn
+
+import lightning_tricks as lt
+from lightning_tricks import errors, functional
+
+trainer = L.Trainer(
+    callbacks=[
+        lt.EMA(),
+        lt.EMA(0.99, start="1 epoch", every=10, buffers="average", where=["body.*"], exclude="*.bias", evaluate="both", name="slow"),
+        lt.EMA(half_life="500 steps", warmup=100, device="cpu", dtype=torch.float64, evaluate=False),
+    ]
+)
+ema = lt.EMA(decay=0.9)
+raw: dict[str, torch.Tensor] = ema.raw_state_dict()
+average: Mapping[str, torch.Tensor] = ema.averaged_state_dict()
+model = nn.Linear(2, 2)
+with functional.using_weights(model, average):
+    model(torch.zeros(2))
+functional.ema_update_([torch.zeros(2)], list(model.parameters())[1:], decay=0.9)
+share: float = functional.ema_decay(3, 0.9, warmup=10)
+
+try:
+    lt.EMA(half_life="soon")
+except errors.TrickError as error:
+    text: str = str(error)
+
+lt.EMA(buffers="sync")  # type: ignore[arg-type]
+lt.EMA(0.9, 5)  # type: ignore[call-arg]
+lt.EMA(momentum=0.9)  # type: ignore[call-arg]
