@@ -96,12 +96,20 @@ class WeightAverage(Trick):
     # What a user asks
 
     def averaged_state_dict(self) -> dict[str, Tensor]:
-        """Return the model's state dict with averaged weights, as copies; the raw ones where no average has begun."""
+        """Return the model's state dict with averaged weights, as copies; the raw ones where no average has begun.
+
+        Raises:
+            TrickError: If no fit has begun.
+        """
         averages = self._seen()
         return {name: value.clone() for name, value in averages.replaced(averages.module.state_dict(), averages.averaged()).items()}
 
     def raw_state_dict(self) -> dict[str, Tensor]:
-        """Return the model's state dict with the weights that training has reached, as copies, during and after a fit."""
+        """Return the model's state dict with the weights that training has reached, as copies, during and after a fit.
+
+        Raises:
+            TrickError: If no fit has begun.
+        """
         averages = self._seen()
         return {name: value.clone() for name, value in averages.replaced(averages.module.state_dict(), averages.raw()).items()}
 
