@@ -31,7 +31,7 @@ __all__ = ["EMA", "ema_decay", "ema_update_"]
 def ema_update_(average: Sequence[Tensor], current: Sequence[Tensor], decay: float) -> None:
     """Update exponential moving averages in place: ``e ← β·e + (1 − β)·w``.
 
-    All tensors that agree in dtype and device are updated by one foreach kernel.
+    All pairs that agree in dtype and device are updated in one foreach call.
 
     Args:
         average: The averages e, changed in place; keep those of low-precision weights in float32.
@@ -69,10 +69,21 @@ def ema_decay(step: int, decay: float, *, warmup: int = 0, steps: int = 1) -> fl
         warmup: Number of steps over which the decay grows.
         steps: Number of steps since the latest update.
 
+    Returns:
+        The share, in [0, 1].
+
+    Raises:
+        ArgumentError: If `decay` lies outside [0, 1].
+
     Example:
-        >>> ema_decay(0, 0.999), ema_decay(0, 0.999, warmup=100), round(ema_decay(0, 0.5, steps=3), 3)
-        (0.999, 0.1, 0.125)
+        >>> ema_decay(0, 0.999)
+        0.999
+        >>> ema_decay(0, 0.999, warmup=100)
+        0.1
+        >>> ema_decay(0, 0.5, steps=3)
+        0.125
     """
+    check_in_unit_interval("decay", decay)
     share = 1.0
     for t in range(step, min(step + steps, warmup)):
         share *= min(decay, (1 + t) / (10 + t))
@@ -84,17 +95,17 @@ class EMA(WeightAverage):
 
     ``e_0 = w_0`` at `start`; after each optimizer step ``e ← β·e + (1 − β)·w``; with ``every=k``, after each k-th step with ``β^k``.
 
-    Reach for it whenever the final weights matter more than the last one or two per cent of training time: the average is usually
-    better than the weights it follows, and much better before the learning rate has decayed.
+    Reach for it whenever weights are deployed: the average tends to generalize better than the weights it follows, and needs less
+    decay of the learning rate (Morales-Brotons et al., 2024).
 
     Args:
         decay: Share β of the old average kept per optimizer step, in [0, 1]. None means 0.999, unless `half_life` says otherwise.
-        half_life: The same as a duration h: ``β = 0.5^(1/h)``. Exactly one of the two is given.
+        half_life: The same as a duration h: ``β = 0.5^(1/h)``. At most one of the two is given.
         warmup: Duration over which the decay grows as ``β_t = min(β, (1 + t)/(10 + t))``, where t counts steps since `start`, so
             that early weights are forgotten quickly; 0 = off.
         start: Duration before the average begins, as the weights are then. Until then, and everywhere if it is never reached, the
             raw weights are used.
-        every: Duration between updates.
+        every: Duration between updates; in epochs, at the end of an epoch and before its validation.
         buffers: What evaluation finds in floating-point buffers that the state dict holds, such as BatchNorm's statistics:
             ``"copy"`` those of the training model, ``"average"`` their average, ``"keep"`` those at `start`. Integer buffers, and
             buffers with infinities, are always the training model's.
@@ -113,10 +124,14 @@ class EMA(WeightAverage):
         NothingMatchedError: At setup, if `where` and `exclude` leave no trainable parameter.
         TrickConflictError: At setup, if another callback, Lightning's own included, also replaces the evaluation weights.
         UnsupportedStrategyError: At setup, if the strategy shards parameters.
+        UnsupportedOptimizerError: When training starts, if an optimizer is no ``torch.optim.Optimizer``.
+        TrickError: When training starts, if no optimizer holds what is averaged, or a duration needs a fit of unknown length.
+        CheckpointError: On resuming, if the checkpoint's entry is damaged or does not fit the model; nothing of it is loaded.
 
     Note:
         Only trainable parameters are averaged; one that is thawed later joins when it is first trained. Steps that a gradient scaler
-        skips do not count. With several optimizers, each parameter follows the steps of its own, and so do `start` and `every`.
+        skips do not count. With several optimizers, each parameter follows the steps of its own, and all durations count those; the
+        logged ``ema/decay`` and ``ema/updates`` are those of the first whose average has begun.
 
         After the fit the module holds the average; `raw_state_dict` has the weights that training reached, and a second fit goes on
         from them. ``checkpoint["state_dict"]`` holds the average if this callback evaluates, so that ``load_from_checkpoint`` deploys
@@ -125,10 +140,11 @@ class EMA(WeightAverage):
         Works under DDP, where each rank keeps the same average, and with ``torch.compile``.
 
     References:
-        B. T. Polyak and A. B. Juditsky, "Acceleration of Stochastic Approximation by Averaging", SIAM Journal on Control and
-        Optimization, 1992.
-        D. Morales-Brotons, T. Vogels and H. Hendrikx, "Exponential Moving Average of Weights in Deep Learning: Dynamics and
-        Benefits", TMLR, 2024.
+        - B. T. Polyak and A. B. Juditsky, "Acceleration of Stochastic Approximation by Averaging", SIAM Journal on Control and
+          Optimization, 1992.
+        - D. Morales-Brotons, T. Vogels and H. Hendrikx, "Exponential Moving Average of Weights in Deep Learning: Dynamics and
+          Benefits", TMLR, 2024.
+
         The warm-up is that of TensorFlow's ``tf.train.ExponentialMovingAverage`` (argument ``num_updates``).
 
     Example:
