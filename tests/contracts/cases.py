@@ -84,7 +84,6 @@ CASES = [
             ({"where": "frozen"}, "all 2 that `where='frozen'` matched are frozen"),
         ),
         skips={
-            "fsdp2": "refused in `setup`: averages of sharded weights are not there yet",
             "remove": "a callback that changes no module has nothing to remove",
         },
     ),

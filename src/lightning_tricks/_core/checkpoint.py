@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lightning_tricks._core.weights import copy_, named_tensors
+from lightning_tricks._core.weights import named_tensors
 from lightning_tricks.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["check_tensors", "read_entry", "restore_raw", "write_entry"]
+__all__ = ["check_tensors", "other_entries", "read_entry", "write_entry"]
 
 _KEY = "lightning_tricks"
 _VERSION = 1
@@ -53,6 +53,12 @@ def read_entry(checkpoint: Mapping[str, Any], state_key: str) -> dict[str, Any] 
     return entry
 
 
+def other_entries(checkpoint: Mapping[str, Any], present: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Return the entries of tricks that are not there, by state key."""
+    record = checkpoint.get(_KEY) or {}
+    return {key: entry for key, entry in record.items() if isinstance(entry, dict) and key not in present}
+
+
 def check_tensors(module: nn.Module, tensors: Mapping[str, Tensor], state_key: str) -> None:
     """Check that stored tensors fit the model, before any is used.
 
@@ -69,25 +75,3 @@ def check_tensors(module: nn.Module, tensors: Mapping[str, Tensor], state_key: s
                 f"{needed}. Nothing of it was loaded. Resume with the model that wrote the checkpoint."
             )
             raise CheckpointError(msg)
-
-
-def restore_raw(module: nn.Module, checkpoint: Mapping[str, Any], present: Collection[str]) -> list[str]:
-    """Give the model its training weights back where an absent trick had put its own in the checkpoint's ``state_dict``.
-
-    Args:
-        module: The model, with the checkpoint's ``state_dict`` loaded.
-        checkpoint: The checkpoint.
-        present: State keys of the callbacks that look after their own entries.
-
-    Returns:
-        What the absent tricks call themselves.
-    """
-    absent = []
-    for state_key, entry in (checkpoint.get(_KEY) or {}).items():
-        if state_key == "version" or state_key in present or not entry.get("raw"):
-            continue
-        check_tensors(module, entry["raw"], state_key)
-        own = named_tensors(module)
-        copy_([own[name] for name in entry["raw"]], list(entry["raw"].values()))
-        absent.append(str(entry.get("trick", state_key)))
-    return absent

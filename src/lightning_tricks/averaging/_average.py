@@ -6,7 +6,7 @@ from abc import abstractmethod
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_tricks._core.checkpoint import read_entry, restore_raw, write_entry
+from lightning_tricks._core.checkpoint import read_entry, write_entry
 from lightning_tricks._core.checks import check_choice, check_device, check_patterns, check_precise_dtype
 from lightning_tricks._core.clock import Duration, after_each_step
 from lightning_tricks._core.evaluation import validate_aside
@@ -22,12 +22,11 @@ from lightning_tricks._core.lightning import (
     rank_zero_warn,
 )
 from lightning_tricks._core.selection import select_parameters
-from lightning_tricks._core.strategies import require_whole_weights
+from lightning_tricks._core.strategies import refuse_strategies, return_to_shards
 from lightning_tricks._core.surgery import Patches
 from lightning_tricks._core.trick import Trick
-from lightning_tricks._core.weights import copy_, named_tensors
 from lightning_tricks.averaging._averages import Averages
-from lightning_tricks.averaging._records import pack, unpack
+from lightning_tricks.averaging._records import pack, restore_absent, unpack
 from lightning_tricks.averaging._roster import Roster, list_places
 from lightning_tricks.averaging._tracks import Storage, Track
 from lightning_tricks.errors import NothingMatchedError, TrickError
@@ -41,6 +40,11 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
 __all__ = ["WeightAverage"]
+
+_UNSUPPORTED = {
+    "FSDPStrategy": "FSDP1 keeps parameters in flat tensors, which averages do not follow yet; FSDP2 (ModelParallelStrategy) works",
+    "DeepSpeedStrategy": "the engine keeps and shards its own copies of the parameters, which averages do not follow yet",
+}
 
 
 class WeightAverage(Trick):
@@ -129,7 +133,7 @@ class WeightAverage(Trick):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        require_whole_weights(trainer, repr(self))
+        refuse_strategies(trainer, repr(self), _UNSUPPORTED)
         if stage == "fit":
             try:
                 self._select(pl_module)
@@ -146,7 +150,7 @@ class WeightAverage(Trick):
     def _take_up(self, module: LightningModule) -> None:
         """Go on where an earlier fit of this model ended, or start anew."""
         if self._averages is None or not self._checked(module, "this fit starts a new average").tracks:
-            self._averages = Averages(module)
+            self._averages = Averages(module, self._storage)
         self._averages.put_raw()
 
     def _checked(self, module: LightningModule, consequence: str) -> Averages:
@@ -154,7 +158,7 @@ class WeightAverage(Trick):
         averages = self._seen()
         if averages.tracks and not averages.untouched(module):
             rank_zero_info(f"The model is not the one {self!r} has averaged, or its weights have been changed since: {consequence}.")
-            self._averages = averages = Averages(module)
+            self._averages = averages = Averages(module, self._storage)
         return averages
 
     @override
@@ -176,6 +180,7 @@ class WeightAverage(Trick):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._resolve(trainer)
         averages = self._seen()
+        return_to_shards(pl_module)
         places = list_places(pl_module, self._select(pl_module), self.where, self.exclude, self.buffers)
         self._roster = Roster(trainer.optimizers, self._storage, steps=trainer.global_step)
         lost, joined = self._roster.enroll(places, averages.tracks)
@@ -315,29 +320,30 @@ class WeightAverage(Trick):
             return
         if self.evaluation_owner:
             checkpoint["state_dict"] = averages.replaced(checkpoint["state_dict"], averages.averaged())
-        entry = pack(averages, checkpoint["state_dict"], deployed=self.evaluation_owner)
+        entry = pack(averages, checkpoint, self.state_key, deployed=self.evaluation_owner)
         write_entry(checkpoint, self.state_key, repr(self), {**entry, "ended_epoch": self._ended_epoch})
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         fitting = trainer.state.fn == "fit"
         entry = read_entry(checkpoint, self.state_key)
-        tracks, raw = ([], {}) if entry is None else unpack(entry, checkpoint["state_dict"], pl_module, self.state_key, self._storage)
+        self._averages = averages = Averages(pl_module, self._storage)
         self._ended_epoch = -1 if entry is None else entry.get("ended_epoch", -1)
-        if fitting:
-            own = named_tensors(pl_module)
-            copy_([own[name] for name in raw], list(raw.values()))
-            if entry is None:
-                rank_zero_info(f"{self!r} found no average of its own in the checkpoint; it starts from the checkpoint's weights.")
-            if absent := restore_raw(pl_module, checkpoint, [callback.state_key for callback in callbacks_of(trainer)]):
-                rank_zero_warn(
-                    f"The checkpoint was made with {absent[0]}, which this Trainer lacks: training goes on from its raw weights, "
-                    "and its average is dropped. Add the callback to keep it."
-                )
-        elif raw:
-            for track in tracks:
-                track.adopt(raw)
-        self._averages = Averages(pl_module, tracks)
+        return_to_shards(pl_module)
+        raw = {} if entry is None else unpack(entry, checkpoint, averages, trainer.ckpt_path, self.state_key)
+        if not fitting:
+            averages.adopt(raw)
+            return
+        averages.write(raw)
+        if entry is None:
+            rank_zero_info(f"{self!r} found no average of its own in the checkpoint; it starts from the checkpoint's weights.")
+        present = [callback.state_key for callback in callbacks_of(trainer)]
+        if absent := restore_absent(checkpoint, pl_module, present, trainer.ckpt_path):
+            rank_zero_warn(
+                f"The checkpoint was made with {absent[0]}, which this Trainer lacks: training goes on from its raw weights, "
+                "and its average is dropped. Add the callback to keep it."
+            )
+        averages.mark()
 
     def _deploying(self, state_dict: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
         def deployed() -> dict[str, Any]:

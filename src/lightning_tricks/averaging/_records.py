@@ -4,37 +4,57 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lightning_tricks._core.checkpoint import check_tensors
+import torch
+
+from lightning_tricks._core.checkpoint import check_tensors, other_entries
+from lightning_tricks._core.strategies import is_sharded, load_parts, part_of
+from lightning_tricks._core.weights import named_tensors
+from lightning_tricks.averaging._averages import Averages
 from lightning_tricks.averaging._roster import place_of
 from lightning_tricks.averaging._tracks import Storage, Track
 from lightning_tricks.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
+    from pathlib import Path
 
     from torch import Tensor, nn
 
-    from lightning_tricks.averaging._averages import Averages
-
-__all__ = ["pack", "unpack"]
+__all__ = ["pack", "restore_absent", "unpack"]
 
 _COUNTS = ("steps", "begun", "epoch", "latest", "updates")
 
 
-def pack(averages: Averages, state_dict: Mapping[str, Tensor], *, deployed: bool) -> dict[str, Any]:
-    """Return what resuming needs besides the state dict.
+def pack(averages: Averages, checkpoint: dict[str, Any], state_key: str, *, deployed: bool) -> dict[str, Any]:
+    """Return what resuming needs besides the state dict. All ranks must call this together.
 
     Args:
         averages: The averages.
-        state_dict: The checkpoint's.
+        checkpoint: The checkpoint. If it is sharded, tensors go into its state dict, under names that no model has.
+        state_key: Whose averages they are.
         deployed: Whether the state dict holds the averages.
 
     Returns:
         The counts of each track; the training weights if they are not in the state dict; and the averages that are not there, or
         are there in lower precision only.
     """
+    state_dict = checkpoint["state_dict"]
+    sharded = is_sharded(state_dict)
     averaged = averages.averaged()
-    in_state = {name for name, average in averaged.items() if deployed and name in state_dict and state_dict[name].dtype == average.dtype}
+    places = {name: place for track in averages.tracks for name, place in track.places.items()}
+    held = {
+        name
+        for name, average in averaged.items()
+        if deployed and average.dtype == places[name].tensor.dtype and (places[name].sharded is not None or name in state_dict)
+    }
+    tensors = {
+        "raw": averages.laid_out(averages.raw() if deployed else {}, sharded=sharded),
+        "average": averages.laid_out({name: part for name, part in averaged.items() if name not in held}, sharded=sharded),
+    }
+    dtypes: dict[str, dict[str, str]] = {"raw": {}, "average": {}}  # of the tensors in the state dict
+    for group, members in tensors.items() if sharded else ():
+        state_dict.update({_sharded_name(state_key, group, name): tensor for name, tensor in members.items()})
+        dtypes[group] = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in members.items()}
     return {
         "tracks": [
             {
@@ -45,43 +65,79 @@ def pack(averages: Averages, state_dict: Mapping[str, Tensor], *, deployed: bool
             }
             for track in averages.tracks
         ],
-        "raw": averages.raw() if deployed else {},
-        "average": {name: average for name, average in averaged.items() if name not in in_state},
+        **({"raw": {}, "average": {}} if sharded else tensors),
+        "sharded": dtypes,
         "deployed": deployed,
     }
 
 
 def unpack(
-    entry: Mapping[str, Any],
-    state_dict: Mapping[str, Tensor],
-    module: nn.Module,
-    state_key: str,
-    storage: Storage,
-) -> tuple[list[Track], dict[str, Tensor]]:
-    """Read back what `pack` wrote, for a model that holds the checkpoint's state dict, and change nothing.
+    entry: Mapping[str, Any], checkpoint: Mapping[str, Any], averages: Averages, path: str | Path | None, state_key: str
+) -> dict[str, Tensor]:
+    """Read back what `pack` wrote into empty averages of a model that holds the checkpoint's state dict. Nothing else is changed.
+
+    Args:
+        entry: What `pack` returned.
+        checkpoint: The checkpoint.
+        averages: Where the tracks go.
+        path: Where the checkpoint was read from.
+        state_key: Whose averages they are.
 
     Returns:
-        The tracks with their averages, and the training weights where the state dict holds averages.
+        This rank's parts of the training weights, where the state dict holds averages.
 
     Raises:
-        CheckpointError: If anything is missing or does not fit the model.
+        CheckpointError: If anything is missing or does not fit the model; then `averages` are empty.
     """
     try:
-        raw, average = dict(entry["raw"]), dict(entry["average"])
-        tracks = []
-        for record in entry["tracks"]:
-            track = Track(tuple(record["optimizers"]), storage, **{count: record[count] for count in _COUNTS})
-            names = [] if track.begun is None else record["names"]
-            tensors = {name: average[name] if name in average else state_dict[name] for name in names}
-            check_tensors(module, tensors, state_key)
-            check_tensors(module, {name: raw[name] for name in names if entry["deployed"]}, state_key)
-            for name in names:
-                track.follow(name, place_of(module, name, record["buffers"]), tensors[name])
-            tracks.append(track)
+        raw, average = (_read(entry, group, averages.module, path, state_key) for group in ("raw", "average"))
+        tracks = [
+            Track(tuple(record["optimizers"]), averages.storage, **{count: record[count] for count in _COUNTS})
+            for record in entry["tracks"]
+        ]
+        for track, record in zip(tracks, entry["tracks"], strict=True):
+            for name in record["names"] if track.begun is not None else ():
+                if name not in average:
+                    # The model has it, unless it was not loaded there.
+                    _ = raw[name], checkpoint.get("state_dict", raw)[name]
+                track.follow(name, place_of(averages.module, name, record["buffers"]), average.get(name))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         msg = (
             f"The checkpoint's entry for {state_key} is incomplete or damaged ({type(error).__name__}: {error}). Nothing of it was loaded. "
             "Resume from another checkpoint, or give the callback another `name` to start a new average."
         )
         raise CheckpointError(msg) from error
-    return tracks, raw
+    averages.tracks = tracks
+    return raw
+
+
+def restore_absent(checkpoint: Mapping[str, Any], module: nn.Module, present: Collection[str], path: str | Path | None) -> list[str]:
+    """Give the model its training weights back where a callback that is not there had put averages into the state dict.
+
+    Returns:
+        What the absent callbacks call themselves.
+    """
+    absent = []
+    for state_key, entry in other_entries(checkpoint, present).items():
+        if entry.get("deployed"):
+            averages = Averages(module, Storage(None, None))
+            averages.write(unpack(entry, checkpoint, averages, path, state_key))
+            absent.append(str(entry.get("trick", state_key)))
+    return absent
+
+
+def _read(entry: Mapping[str, Any], group: str, module: nn.Module, path: str | Path | None, state_key: str) -> dict[str, Tensor]:
+    """Return this rank's parts of the tensors of a group, from the entry or, if they are sharded, from the file."""
+    own = named_tensors(module)
+    stored, dtypes = dict(entry[group]), entry["sharded"][group]
+    check_tensors(module, stored, state_key)
+    likes = {_sharded_name(state_key, group, name): own[name].detach().to(getattr(torch, dtype)) for name, dtype in dtypes.items()}
+    parts = load_parts(str(path), likes) if likes else {}
+    return {
+        **{name: part_of(tensor, own[name]) for name, tensor in stored.items()},
+        **{name: parts[_sharded_name(state_key, group, name)] for name in dtypes},
+    }
+
+
+def _sharded_name(state_key: str, group: str, name: str) -> str:
+    return f"lightning_tricks/{state_key}/{group}/{name}"

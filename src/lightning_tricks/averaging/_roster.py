@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
 from lightning_tricks._core.selection import matches
@@ -23,7 +24,9 @@ def place_of(module: nn.Module, name: str, buffers: Literal["average", "keep"]) 
     """Return where a named parameter or buffer lives."""
     path, _, key = name.rpartition(".")
     owner = module.get_submodule(path)
-    return Place(owner, key, "parameter" if key in owner._parameters else buffers)
+    kind = "parameter" if key in owner._parameters else buffers
+    tensor = getattr(owner, key)
+    return Place(owner, key, kind, tensor if isinstance(tensor, DTensor) else None)
 
 
 class Roster:
@@ -73,7 +76,7 @@ class Roster:
         self._moved = [{id(p) for group in optimizer.param_groups for p in group["params"]} for optimizer in self._optimizers]
 
     def _track_of(self, place: Place, source: Track | None) -> Track:
-        key = tuple(i for i, moved in enumerate(self._moved) if id(place.tensor) in moved) or (0,)
+        key = tuple(i for i, moved in enumerate(self._moved) if id(place.whole) in moved) or (0,)
         for track in self.tracks:
             if track.optimizers == key:
                 return track
@@ -109,4 +112,4 @@ def list_places(
 
 
 def _ready(place: Place) -> bool:
-    return not is_lazy(place.tensor) and (place.kind != "parameter" or place.tensor.requires_grad)
+    return not is_lazy(place.whole) and (place.kind != "parameter" or place.whole.requires_grad)

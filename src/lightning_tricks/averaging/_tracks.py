@@ -18,24 +18,34 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import nn
+    from torch.distributed.tensor import DTensor
 
 __all__ = ["Place", "Storage", "Track"]
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lives. It is looked up at each use, so that a tensor put there later is found."""
+    """Where a tensor lives. It is looked up at each use, so that a tensor put there later is found.
+
+    A sharded tensor is held instead, since its place may at times be taken by the whole that was gathered from it.
+    """
 
     owner: nn.Module
     key: str
     kind: Literal["parameter", "average", "keep"]  # a parameter, or what becomes of a buffer
+    sharded: DTensor | None = None
+
+    @property
+    def whole(self) -> Tensor:
+        """The tensor that lives here now, with its whole shape."""
+        tensor = self.table[self.key] if self.sharded is None else self.sharded
+        assert tensor is not None
+        return tensor
 
     @property
     def tensor(self) -> Tensor:
-        """The tensor that lives here now."""
-        tensor = self.table[self.key]
-        assert tensor is not None
-        return tensor
+        """The part of it that this rank owns, which may be all."""
+        return self.whole if self.sharded is None else self.sharded._local_tensor
 
     @property
     def table(self) -> Mapping[str, Tensor | None]:
@@ -84,7 +94,7 @@ class Track:
     averages: dict[str, Tensor] = field(default_factory=dict)
     _raw_of_rounded: dict[str, Tensor] = field(default_factory=dict)
     _buffers: list[str] = field(default_factory=list)
-    _moving: tuple[list[tuple[Mapping[str, Tensor | None], str]], list[Tensor]] | None = None  # what an update needs, looked up once
+    _moving: tuple[list[tuple[DTensor | None, Mapping[str, Tensor | None], str]], list[Tensor]] | None = None  # looked up once
 
     @property
     def age(self) -> int:
@@ -113,9 +123,11 @@ class Track:
         self._restart_resized()
         if self._moving is None:
             names = [name for name, place in self.places.items() if place.kind != "keep"]
-            self._moving = [(self.places[name].table, self.places[name].key) for name in names], [self.averages[name] for name in names]
+            places = [(self.places[name].sharded, self.places[name].table, self.places[name].key) for name in names]
+            self._moving = places, [self.averages[name] for name in names]
         places, averages = self._moving
-        lerp_(averages, [table[key] for table, key in places], weight)  # type: ignore[misc]
+        live = [table[key] if sharded is None else sharded._local_tensor for sharded, table, key in places]
+        lerp_(averages, live, weight)  # type: ignore[arg-type]
         self.latest = self.steps
         self.updates += 1
 
@@ -141,7 +153,7 @@ class Track:
         self._raw_of_rounded = {}
         self.inside = False
 
-    def adopt(self, raw: dict[str, Tensor]) -> None:
+    def adopt(self, raw: Mapping[str, Tensor]) -> None:
         """Take note that the model has been given the averages from elsewhere, and that these are the training weights."""
         assert not self.inside
         for name, tensor in self._live().items():
