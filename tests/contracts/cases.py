@@ -42,12 +42,12 @@ class Case:
 
 
 AVERAGING_WRONG = (
-    ({"start": "80"}, "`start` must be a number of optimizer steps, or a text such as '500 steps'"),
+    ({"start": "80"}, "`start` must be an int of optimizer steps, or a text such as '500 steps'"),
     ({"start": -1}, "got -1"),
     ({"start": True}, "got True"),
     ({"start": "120%"}, "got '120%'"),
     ({"start": 1.5}, "got 1.5"),
-    ({"every": 0}, "`every` must be a number of optimizer steps"),
+    ({"every": 0}, "`every` must be an int of optimizer steps"),
     ({"every": "0 epochs"}, "got '0 epochs'"),
     ({"buffers": "sync"}, "`buffers` must be one of 'average', 'copy', 'keep', got 'sync'"),
     ({"device": "gpu7"}, "`device` must name a device such as 'cpu'"),

@@ -178,7 +178,7 @@ def fit(
     torch.manual_seed(seed)
     module = model()
     recorder = Recorder()
-    trainer = make_trainer([*callbacks, KeepRandomState(), recorder], **options)
+    trainer = make_trainer([*callbacks, KeepRandomState(), recorder], **{"num_sanity_val_steps": 2, **options})
     torch.manual_seed(seed + 1)
     trainer.fit(module, Loader(), Loader(2, seed=1) if validate else None, ckpt_path=ckpt_path)
     run = Run(module, trainer, list(callbacks), recorder.history[-1] if recorder.history else {}, torch.get_rng_state())

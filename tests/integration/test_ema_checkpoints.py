@@ -77,7 +77,7 @@ def test_a_checkpoint_is_right_whichever_weights_the_model_holds_when_it_is_save
     saves = Saves()
     setattr(saves, hook, saves.save)
     recorder = Recorder()
-    fit([lt.EMA(0.9), saves, recorder])
+    fit([lt.EMA(0.9), saves, recorder], num_sanity_val_steps=0)
     expected = ema([state["head.weight"] for state in recorder.history[: saves.steps + 1]], 0.9).float()
     for name in ("there.ckpt", "weights.ckpt"):
         torch.testing.assert_close(load(tmp_path / name)["state_dict"]["head.weight"], expected)

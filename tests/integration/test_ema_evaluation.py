@@ -29,7 +29,7 @@ def test_every_validation_of_a_fit_sees_the_average_and_returns_the_training_wei
             self.evaluated.append(weights(self))
 
     recorder = Recorder()
-    run = fit([lt.EMA(0.9), recorder], Watches)
+    run = fit([lt.EMA(0.9), recorder], Watches, num_sanity_val_steps=0)
     history = [state["head.weight"] for state in recorder.history]
     assert len(run.module.evaluated) == 6
     for epoch in range(3):
@@ -149,7 +149,7 @@ def test_weights_loaded_by_the_user_between_two_uses_are_left_alone(monkeypatch)
     run.module.load_state_dict(other)
     run.module.evaluated.clear()
     run.trainer.test(run.module, Loader(2), verbose=False)
-    assert "its weights have been changed since: it is evaluated as it is" in said[0]
+    assert "have been changed since the Trainer returned the model: it is evaluated as it is" in said[0]
     assert_equal(run.module.evaluated[0], other)
     assert_equal(weights(run.module), other)
     run.module.load_state_dict(other)
@@ -342,7 +342,7 @@ def test_both_is_out_of_sight_of_checkpointing_and_early_stopping(tmp_path):
             seen.append(trainer.callback_metrics["val_loss"].item())
 
     keep, stop = ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=-1), EarlyStopping("val_loss", patience=100)
-    run = fit([lt.EMA(0.9, evaluate="both"), Watches(), keep, stop])
+    run = fit([lt.EMA(0.9, evaluate="both"), Watches(), keep, stop], num_sanity_val_steps=0)
     reference = fit([lt.EMA(0.9)])
     assert len(seen) == 3
     assert len(keep.best_k_models) == 3

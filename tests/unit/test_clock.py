@@ -34,7 +34,7 @@ def test_durations(value, steps):
 
 @pytest.mark.parametrize("value", [-1, 1.0, "80", "eighty%", "101%", "-5 steps", "1.5 epochs", "3 weeks", "", None, True, [3], "5 steps 3"])
 def test_what_is_no_duration(value):
-    with pytest.raises(errors.ArgumentError, match=r"`every` must be a number of optimizer steps.*'80%'"):
+    with pytest.raises(errors.ArgumentError, match=r"`every` must be an int of optimizer steps.*'80%'"):
         Duration.parse("every", value)
 
 
@@ -69,7 +69,7 @@ def test_each_real_step_is_seen_once_also_by_wrappers_that_skip_their_bases_cons
     seen = []
     weight = torch.nn.Parameter(torch.ones(2))
     optimizer = Wrapper(torch.optim.SGD([weight], lr=0.1))
-    handle = after_each_step(optimizer, lambda: seen.append(1))
+    (handle,) = after_each_step(optimizer, lambda: seen.append(1))
     for _ in range(3):
         optimizer.step()
     assert len(seen) == 3

@@ -53,7 +53,15 @@ def test_channels_last_and_strided_tensors():
         ([torch.zeros(2)], [torch.zeros(2)], 1.5, "`decay` must lie in [0, 1], got 1.5."),
         ([torch.zeros(2)], [torch.zeros(3)], 0.5, "the same shapes"),
         ([torch.zeros(2)], [], 0.5, "the same shapes"),
-        (torch.zeros(2), torch.zeros(2), 0.5, "sequences of tensors"),
+        (
+            torch.zeros(2),
+            torch.zeros(2),
+            0.5,
+            "`average` must be an iterable of floating-point tensors, such as `model.parameters()`, got a Tensor.",
+        ),
+        ([torch.zeros(2)], [1.0], 0.5, "`current` must be an iterable of floating-point tensors"),
+        ([torch.zeros(2)], None, 0.5, "got a NoneType."),
+        ([torch.zeros(2, dtype=torch.int64)], [torch.ones(2)], 0.5, "got torch.int64."),
     ],
 )
 def test_wrong_arguments_change_nothing(average, current, decay, words):
@@ -61,6 +69,13 @@ def test_wrong_arguments_change_nothing(average, current, decay, words):
         functional.ema_update_(average, current, decay)
     assert words in str(raised.value)
     assert all((tensor == 0).all() for tensor in average)
+
+
+def test_parameters_can_be_passed_as_they_come():
+    net, twin = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    expected = 0.5 * net.weight + 0.5 * twin.weight
+    functional.ema_update_(net.parameters(), twin.parameters(), 0.5)
+    torch.testing.assert_close(net.weight, expected)
 
 
 def test_nothing_is_differentiated():

@@ -46,6 +46,38 @@ def test_using_the_models_own_weights_changes_nothing():
     assert torch.equal(net[0].weight, before)
 
 
+def test_using_weights_that_are_the_models_own_under_other_names():
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    first, second = net[0].weight.detach().clone(), net[1].weight.detach().clone()
+    with functional.using_weights(net, {"0.weight": net[1].weight, "1.weight": net[0].weight}):
+        assert torch.equal(net[0].weight, second)
+        assert torch.equal(net[1].weight, first)
+    assert torch.equal(net[0].weight, first)
+
+
+def test_using_a_state_dict_with_more_than_tensors_of_the_model():
+    from torchmetrics import MeanMetric
+
+    class Extra(nn.Linear):
+        def get_extra_state(self):
+            return {"version": 3}
+
+        def set_extra_state(self, state):
+            pass
+
+    net = nn.ModuleDict({"layer": Extra(2, 2), "metric": MeanMetric()})
+    net["metric"].persistent(mode=True)
+    state = {name: value + 1 if isinstance(value, torch.Tensor) else value for name, value in net.state_dict().items()}
+    with functional.using_weights(net, state):
+        assert torch.equal(net["layer"].weight, state["layer.weight"])
+
+
+@pytest.mark.parametrize("weights", [None, [1], {"0.weight": 3.0}])
+def test_what_are_no_weights(weights):
+    with pytest.raises(errors.ArgumentError, match="`weights` must map names to tensors"), functional.using_weights(model(), weights):
+        pass
+
+
 def test_using_weights_converts_dtype():
     net = model().to(torch.bfloat16)
     with functional.using_weights(net, {"0.weight": torch.full((3, 3), 0.1)}):

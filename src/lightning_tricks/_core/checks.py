@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from lightning_tricks.errors import ArgumentError
 
-__all__ = ["check_choice", "check_device", "check_in_unit_interval", "check_name", "check_patterns", "check_precise_dtype"]
+__all__ = ["check_choice", "check_device", "check_in_unit_interval", "check_name", "check_patterns", "check_precise_dtype", "check_tensors"]
 
 _T = TypeVar("_T")
 
@@ -37,7 +38,18 @@ def check_patterns(name: str, value: str | Sequence[str], *, empty: bool) -> str
     if any(not isinstance(pattern, str) or not pattern for pattern in patterns) or not (patterns or empty):
         msg = f"`{name}` must be a glob over qualified names such as 'backbone.*', or a list of globs, got {value!r}."
         raise ArgumentError(msg)
-    return value if isinstance(value, str) else tuple(value)
+    return str(value) if isinstance(value, str) else tuple(map(str, value))
+
+
+def check_tensors(name: str, values: Iterable[Tensor]) -> list[Tensor]:
+    """Accept floating-point or complex tensors, from any iterable but a tensor."""
+    tensors = [] if isinstance(values, Tensor) or not isinstance(values, Iterable) else list(values)
+    wrong = [value for value in tensors if not (isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()))]
+    if wrong or isinstance(values, Tensor) or not isinstance(values, Iterable):
+        found = f"a {type(values).__name__}" if not wrong else getattr(wrong[0], "dtype", f"a {type(wrong[0]).__name__} in it")
+        msg = f"`{name}` must be an iterable of floating-point tensors, such as `model.parameters()`, got {found}."
+        raise ArgumentError(msg)
+    return tensors
 
 
 def check_name(value: str | None) -> str | None:
@@ -50,17 +62,22 @@ def check_name(value: str | None) -> str | None:
 
 def check_device(value: str | torch.device | None) -> torch.device | None:
     """Accept whatever names a device of torch, and None for the model's own."""
+    if value is None:
+        return None
     try:
-        return None if value is None else torch.device(value)
-    except (RuntimeError, TypeError) as error:
+        device = torch.device(value)
+    except (RuntimeError, TypeError):
+        device = torch.device("meta")
+    if device.type == "meta":  # which holds no values
         msg = f"`device` must name a device such as 'cpu' or 'cuda:0', or be None for the model's own, got {value!r}."
-        raise ArgumentError(msg) from error
+        raise ArgumentError(msg)
+    return device
 
 
 def check_precise_dtype(value: str | torch.dtype | None) -> torch.dtype | None:
     """Accept float32 or float64, as dtype or by name: small updates vanish by rounding in an average of lower precision."""
     dtype = getattr(torch, value.removeprefix("torch."), value) if isinstance(value, str) else value
-    if dtype not in (None, torch.float32, torch.float64):
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in {torch.float32, torch.float64}):
         msg = (
             "`dtype` must be 'float32' or 'float64', or None for the model's own with at least float32 "
             f"(an average of lower precision stops moving), got {value!r}."

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from lightning_tricks._core.lightning import Trainer
 
-__all__ = ["Duration", "after_each_step"]
+__all__ = ["Duration", "after_each_step", "plain_duration"]
 
 _FORM = re.compile(r"(?P<amount>\d+)\s*(?P<unit>steps?|epochs?)|(?P<percent>\d+(?:\.\d+)?)\s*%")
 
@@ -53,7 +53,7 @@ class Duration:
                 duration = cls(int(found["amount"]), "steps" if found["unit"].startswith("step") else "epochs")
         if duration is None or duration.amount < least or (duration.unit == "%" and not 0 <= duration.amount <= 100):
             msg = (
-                f"`{name}` must be a number of optimizer steps, or a text such as '500 steps', '3 epochs' or '80%' "
+                f"`{name}` must be an int of optimizer steps, or a text such as '500 steps', '3 epochs' or '80%' "
                 f"(at least {least}, at most 100%), got {value!r}."
             )
             raise ArgumentError(msg)
@@ -89,8 +89,13 @@ def _steps_of_fit(trainer: Trainer) -> float:
     return total / max(1, len(trainer.optimizers)) if total == trainer.max_steps else total
 
 
-def after_each_step(optimizer: Optimizer, act: Callable[[], None]) -> RemovableHandle:
-    """Call `act` after each step that the optimizer really takes.
+def plain_duration(value: int | str) -> int | str:
+    """Return an accepted duration as Python's own type, for a `repr` that evaluates back."""
+    return str(value) if isinstance(value, str) else int(value)
+
+
+def after_each_step(optimizer: Optimizer, act: Callable[[], None], *, before: Callable[[], None] | None = None) -> list[RemovableHandle]:
+    """Call `act` after each step that the optimizer really takes, and `before` before each step that it is asked for.
 
     A step that a gradient scaler skips is none. Fused optimizers skip inside their kernel and tell by ``found_inf``, which is read
     from the device: one synchronization a step, with fused optimizers under fp16 alone.
@@ -112,4 +117,7 @@ def after_each_step(optimizer: Optimizer, act: Callable[[], None]) -> RemovableH
         if found_inf is None or not found_inf.item():
             act()
 
-    return optimizer.register_step_post_hook(hook)
+    handles = [optimizer.register_step_post_hook(hook)]
+    if before is not None:
+        handles.append(optimizer.register_step_pre_hook(lambda *_: before()))
+    return handles

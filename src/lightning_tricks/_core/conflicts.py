@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lightning_tricks._core.lightning import is_averaging_callback
+from lightning_tricks._core.lightning import is_averaging_callback, is_pruning_callback
 from lightning_tricks.errors import TrickConflictError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ def check_conflicts(callbacks: Iterable[Callback]) -> None:
     """Refuse callbacks that would corrupt each other's work.
 
     Two tricks may not share a state key, since their checkpoints and logs would collide. Only one callback, Lightning's own
-    included, may replace the weights used for evaluation.
+    included, may replace the weights used for evaluation. What a trick follows from step to step, no other callback may replace.
 
     Raises:
         TrickConflictError: Naming both callbacks and the way out.
@@ -33,6 +33,12 @@ def check_conflicts(callbacks: Iterable[Callback]) -> None:
             msg = f"{keys[key]!r} and {callback!r} would write to the same place in logs and checkpoints. Give one of them a `name`."
             raise TrickConflictError(msg)
         keys[key] = callback
+    followers = [callback for callback in callbacks if getattr(callback, "follows_weights", False)]
+    pruning = [callback for callback in callbacks if is_pruning_callback(callback)]
+    if followers and pruning:
+        other = f"Lightning's {type(pruning[0]).__name__}"
+        msg = f"{other} replaces parameters during the fit, and {followers[0]!r} follows them. Remove one of the two."
+        raise TrickConflictError(msg)
     owners = [callback for callback in callbacks if getattr(callback, "evaluation_owner", False)]
     foreign = [callback for callback in callbacks if is_averaging_callback(callback)]
     if len(owners) > 1:

@@ -6,15 +6,20 @@ from contextlib import contextmanager
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torchmetrics import Metric
 
-from lightning_tricks._core.lightning import is_progress_bar, isolate_rng
+from lightning_tricks._core.lightning import callbacks_of, is_progress_bar, isolate_rng
 from lightning_tricks._core.surgery import Patches
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from torch import nn
+
 __all__ = ["validate_aside"]
+
+_HOOKS = [f"on_validation_{when}" for when in ("start", "epoch_start", "batch_start", "batch_end", "epoch_end", "end")]
 
 
 def validate_aside(trainer: Any, loop: Any, prefix: str) -> None:
@@ -28,7 +33,7 @@ def validate_aside(trainer: Any, loop: Any, prefix: str) -> None:
     if loop is not trainer.validate_loop:  # which loads its data at each run
         loop.setup_data()
     shadow = copy(loop)
-    shadow._results = type(loop._results)(training=False)
+    shadow._results = _prefixing(type(loop._results)(training=False), prefix)
     shadow.batch_progress = type(loop.batch_progress)()
     shadow._module_mode = type(loop._module_mode)()
     shadow._seen_batches_per_dataloader = copy(loop._seen_batches_per_dataloader)
@@ -36,33 +41,35 @@ def validate_aside(trainer: Any, loop: Any, prefix: str) -> None:
     shadow._restarting = False
     shadow.__dict__.pop("run", None)
     shadow.verbose = False
-    metrics = [connector._callback_metrics, connector._logged_metrics, connector._progress_bar_metrics]
-    kept = [dict(values) for values in metrics]
-    callbacks, first_iteration = trainer.callbacks, connector._first_loop_iter
+    first_iteration, callback_metrics = connector._first_loop_iter, dict(connector._callback_metrics)
     patches = Patches()
-    patches.wrap(
-        connector,
-        "log_metrics",
-        lambda log: lambda metrics, step=None: log({_prefixed(key, prefix): value for key, value in metrics.items()}, step=step),
-    )
+    for callback in callbacks_of(trainer):
+        for hook in _HOOKS if not is_progress_bar(callback) else ():
+            patches.wrap(callback, hook, lambda _: lambda *_: None)
     try:
-        trainer.callbacks = [callback for callback in callbacks if is_progress_bar(callback)]
-        with _active(trainer, loop, shadow), isolate_rng(), _untouched_metrics(trainer.lightning_module):
+        with _active(trainer, loop, shadow), isolate_rng(), _untouched_metrics(trainer.lightning_module), _untouched_generators(loop):
             shadow.run()
-        fresh = {key: value for key, value in connector._logged_metrics.items() if kept[1].get(key) is not value}
     finally:
         patches.undo()
-        trainer.callbacks = callbacks
         connector._first_loop_iter = first_iteration
-        for values, before in zip(metrics, kept, strict=True):
-            values.clear()
-            values.update(before)
-        shadow.teardown()
-    connector._logged_metrics.update({_prefixed(key, prefix): value for key, value in fresh.items()})
+        connector._callback_metrics.clear()
+        connector._callback_metrics.update(callback_metrics)
+        shadow._results.cpu()
 
 
-def _prefixed(key: str, prefix: str) -> str:
-    return key if key in {"epoch", "step"} or key.startswith(f"{prefix}/") else f"{prefix}/{key}"
+def _prefixing(results: Any, prefix: str) -> Any:
+    """Let a loop's results go to loggers and progress bars under a prefix; module and callbacks still find them under their names."""
+    compute = results.metrics
+
+    def metrics(on_step: bool) -> dict[str, dict[str, Any]]:
+        values: dict[str, dict[str, Any]] = compute(on_step)
+        return {
+            kind: values[kind] if kind == "callback" else {f"{prefix}/{key}": value for key, value in values[kind].items()}
+            for kind in values
+        }
+
+    results.metrics = metrics
+    return results
 
 
 @contextmanager
@@ -77,18 +84,31 @@ def _active(trainer: Any, loop: Any, shadow: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _untouched_metrics(module: Any) -> Iterator[None]:
-    """Lend copies of their states to the module's metrics, and give the originals back at the end."""
-    attributes = ("_update_count", "_computed", "_forward_cache", "_cache", "_is_synced")
-    metrics = [metric for metric in module.modules() if isinstance(metric, Metric)]
-    kept = [{name: getattr(metric, name) for name in (*metric._defaults, *attributes)} for metric in metrics]
-    for metric in metrics:
-        for name in metric._defaults:
-            state = getattr(metric, name)
-            setattr(metric, name, list(state) if isinstance(state, list) else state.clone())
+def _untouched_generators(loop: Any) -> Iterator[None]:
+    """Let the loop's data loaders draw the same random numbers again."""
+    loaders = loop._combined_loader.flattened if loop._combined_loader is not None else []
+    owners = [owner for loader in loaders for owner in (loader, getattr(loader, "sampler", None))]
+    generators = [generator for owner in owners if isinstance(generator := getattr(owner, "generator", None), torch.Generator)]
+    states = [generator.get_state() for generator in generators]
     try:
         yield
     finally:
-        for metric, before in zip(metrics, kept, strict=True):
-            for name, value in before.items():
-                setattr(metric, name, value)
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+@contextmanager
+def _untouched_metrics(module: nn.Module) -> Iterator[None]:
+    """Lend copies of their states to the module's metrics, wrappers and collections, and give the originals back at the end."""
+    parts = [part for part in module.modules() if type(part).__module__.startswith("torchmetrics") or isinstance(part, Metric)]
+    kept = [{name: dict(value) if name == "_modules" else value for name, value in vars(part).items()} for part in parts]
+    for part in parts:
+        for name in part._defaults if isinstance(part, Metric) else ():
+            state = getattr(part, name)
+            setattr(part, name, list(state) if isinstance(state, list) else state.clone())
+    try:
+        yield
+    finally:
+        for part, attributes in zip(parts, kept, strict=True):
+            vars(part).clear()
+            vars(part).update(attributes)

@@ -7,6 +7,7 @@ whichever Trainer the user imports, now or later.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
@@ -32,6 +33,7 @@ __all__ = [
     "defines",
     "is_averaging_callback",
     "is_progress_bar",
+    "is_pruning_callback",
     "isolate_rng",
     "logs_now",
     "override",
@@ -49,7 +51,19 @@ def _installed() -> list[str]:
 
 
 def _load() -> list[ModuleType]:
-    return [import_module("lightning.pytorch" if name == "lightning" else name) for name in _installed()]
+    """Import every Lightning installed, first the one that the user has imported.
+
+    Each takes over the logger behind `rank_zero_info` when it is imported; the first one gets it back.
+    """
+    names = ["lightning.pytorch" if name == "lightning" else name for name in _installed()]
+    names.sort(key=lambda name: name not in sys.modules)
+    first, *others = names
+    loaded = [import_module(first)]
+    rank_zero: Any = import_module("lightning_utilities.core.rank_zero")
+    logger = rank_zero.log
+    loaded += [import_module(name) for name in others]
+    rank_zero.log = logger
+    return loaded
 
 
 _LIGHTNINGS: Final = _load()
@@ -75,12 +89,18 @@ def _kinds(*names: str) -> tuple[type, ...]:
 
 
 _AVERAGING: Final = _kinds("WeightAveraging", "StochasticWeightAveraging")
+_PRUNING: Final = _kinds("ModelPruning")
 _PROGRESS: Final = _kinds("ProgressBar")
 
 
 def is_averaging_callback(callback: object) -> bool:
     """Tell whether a callback is one of Lightning's own that replace the weights by an average."""
     return isinstance(callback, _AVERAGING)
+
+
+def is_pruning_callback(callback: object) -> bool:
+    """Tell whether a callback is Lightning's own that replaces parameters by masked ones during the fit."""
+    return isinstance(callback, _PRUNING)
 
 
 def is_progress_bar(callback: object) -> bool:

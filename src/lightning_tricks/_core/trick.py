@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC
 from functools import partial
-from inspect import signature
+from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any
 
 from lightning_tricks._core.checks import check_name
@@ -33,11 +33,24 @@ class Trick(Callback, ABC):
     @property
     def arguments(self) -> dict[str, Any]:
         """The constructor's arguments as they were given."""
-        return {argument: getattr(self, argument) for argument in signature(type(self)).parameters}
+        return {argument: getattr(self, argument) for argument in self._parameters()}
+
+    @classmethod
+    def _parameters(cls) -> dict[str, Parameter]:
+        """Return the constructor's parameters; a subclass that passes any others on has those of its base, too."""
+        own = signature(cls).parameters
+        named = {name: each for name, each in own.items() if each.kind not in {Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD}}
+        base = cls.__mro__[1]
+        return {**base._parameters(), **named} if len(named) < len(own) and issubclass(base, Trick) else named
 
     @property
     def evaluation_owner(self) -> bool:
         """Whether this trick replaces the weights used for evaluation."""
+        return False
+
+    @property
+    def follows_weights(self) -> bool:
+        """Whether this trick follows parameters from step to step."""
         return False
 
     @property
@@ -58,7 +71,7 @@ class Trick(Callback, ABC):
 
     @override
     def __repr__(self) -> str:
-        parameters = signature(type(self)).parameters
+        parameters = self._parameters()
         given = (f"{name}={value!r}" for name, value in self.arguments.items() if value != parameters[name].default)
         return f"{type(self).__name__}({', '.join(given)})"
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_tricks.errors import ArgumentError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
-__all__ = ["copy_", "lerp_", "named_tensors", "swap_", "using_weights"]
+__all__ = ["copy_", "lerp_", "memory", "named_tensors", "swap_", "using_weights"]
 
 _PIECE = 1 << 20  # elements handled at once where a temporary copy is needed
 
@@ -71,6 +73,15 @@ def _pieces(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         yield from _pieces(x, y) if rows == 1 else [(x, y)]
 
 
+def memory(tensor: Tensor) -> tuple[int, int, int]:
+    """Return what part of what memory a tensor covers: its address, and where in it the first and the last element lie, in bytes."""
+    if isinstance(tensor, DTensor):
+        tensor = tensor._local_tensor
+    first = int(tensor.storage_offset())
+    last = first + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.untyped_storage().data_ptr(), first * tensor.element_size(), last * tensor.element_size()
+
+
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return parameters and buffers by every name they have, tied ones under each."""
     return {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers(remove_duplicate=False))}
@@ -96,20 +107,25 @@ def using_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[N
         ...     model(torch.zeros(2)).item()
         7.0
     """
-    own = named_tensors(model)
-    own = {name: own[name] for name in weights if name in own}
-    unknown = [name for name in weights if name not in own]
+    named, stored = named_tensors(model), model.state_dict(keep_vars=True)  # some of what a state dict holds is no tensor of the model
+    if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for name, value in weights.items() if name in named):
+        msg = f"`weights` must map names to tensors, got {type(weights).__name__}."
+        raise ArgumentError(msg)
+    unknown = [name for name in weights if name not in named and name not in stored]
     if unknown:
         msg = f"`weights` must name parameters or buffers of {type(model).__name__}, got {unknown[0]!r} ({len(unknown)} unknown names)."
         raise ArgumentError(msg)
+    own = {name: named[name] for name in weights if name in named}
     for name, tensor in own.items():
         if tensor.shape != weights[name].shape:
             msg = f"`weights[{name!r}]` must have the shape {tuple(tensor.shape)} of the model, got {tuple(weights[name].shape)}."
             raise ArgumentError(msg)
     targets = list({id(tensor): tensor for tensor in own.values()}.values())
     kept = [tensor.detach().clone() for tensor in targets]
+    used = {tensor.untyped_storage().data_ptr() for tensor in targets}
+    given = [weights[name].clone() if weights[name].untyped_storage().data_ptr() in used else weights[name] for name in own]
     try:
-        copy_(list(own.values()), [weights[name] for name in own])
+        copy_(list(own.values()), given)
         yield
     finally:
         copy_(targets, kept)

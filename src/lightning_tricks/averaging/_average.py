@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_tricks._core.checkpoint import read_entry, write_entry
 from lightning_tricks._core.checks import check_choice, check_device, check_patterns, check_precise_dtype
-from lightning_tricks._core.clock import Duration, after_each_step
+from lightning_tricks._core.clock import after_each_step, plain_duration
 from lightning_tricks._core.evaluation import validate_aside
 from lightning_tricks._core.lightning import (
     STEP_OUTPUT,
@@ -22,11 +22,12 @@ from lightning_tricks._core.lightning import (
     rank_zero_warn,
 )
 from lightning_tricks._core.selection import select_parameters
-from lightning_tricks._core.strategies import refuse_strategies, return_to_shards
+from lightning_tricks._core.strategies import refuse_strategies
 from lightning_tricks._core.surgery import Patches
 from lightning_tricks._core.trick import Trick
 from lightning_tricks.averaging._averages import Averages
-from lightning_tricks.averaging._records import pack, restore_absent, unpack
+from lightning_tricks.averaging._cadence import Cadence
+from lightning_tricks.averaging._records import pack, unpack, unpack_absent
 from lightning_tricks.averaging._roster import Roster, list_places
 from lightning_tricks.averaging._tracks import Storage, Track
 from lightning_tricks.errors import NothingMatchedError, TrickError
@@ -64,8 +65,8 @@ class WeightAverage(Trick):
         name: str | None,
     ) -> None:
         super().__init__(name)
-        self.start, self.every = start, every
-        self._start, self._every = Duration.parse("start", start), Duration.parse("every", every, least=1)
+        self._cadence = Cadence(start, every)
+        self.start, self.every = plain_duration(start), plain_duration(every)
         self.buffers = check_choice("buffers", buffers, ("average", "copy", "keep"))
         self._storage = Storage(check_device(device), check_precise_dtype(dtype))
         self.device = None if self._storage.device is None else str(self._storage.device)
@@ -73,14 +74,12 @@ class WeightAverage(Trick):
         self.where = check_patterns("where", where, empty=False)
         self.exclude = check_patterns("exclude", exclude, empty=True)
         self.evaluate = check_choice("evaluate", evaluate, (True, False, "both"))
-        self._averages: Averages | None = None  # of the model seen last
-        self._roster: Roster | None = None
+        self._averages: Averages | None = None  # of the model trained last
+        self._roster: Roster | None = None  # during a fit
         self._patches = Patches()
         self._hooks: list[RemovableHandle] = []
-        self._was_inside = False  # before the present evaluation
-        self._ended_epoch = -1
-        self._start_step: int | None = None  # None where the duration is in epochs
-        self._every_steps: int | None = None
+        self._hooked: list[Optimizer] = []
+        self._was_inside: bool | None = None  # before the present evaluation; None where there is none of ours
 
     # What a subclass says
 
@@ -94,8 +93,7 @@ class WeightAverage(Trick):
 
     def _resolve(self, trainer: Trainer) -> None:
         """Convert durations to steps, once the Trainer knows its data."""
-        self._start_step = None if self._start.unit == "epochs" else self._start.steps("start", trainer)
-        self._every_steps = None if self._every.unit == "epochs" else max(1, self._every.steps("every", trainer))
+        self._cadence.resolve(trainer)
 
     # What a user asks
 
@@ -105,8 +103,7 @@ class WeightAverage(Trick):
         Raises:
             TrickError: If no fit has begun.
         """
-        averages = self._seen()
-        return {name: value.clone() for name, value in averages.replaced(averages.module.state_dict(), averages.averaged()).items()}
+        return self._seen().state_dict(averaged=True)
 
     def raw_state_dict(self) -> dict[str, Tensor]:
         """Return the model's state dict with the weights that training has reached, as copies, during and after a fit.
@@ -114,8 +111,7 @@ class WeightAverage(Trick):
         Raises:
             TrickError: If no fit has begun.
         """
-        averages = self._seen()
-        return {name: value.clone() for name, value in averages.replaced(averages.module.state_dict(), averages.raw()).items()}
+        return self._seen().state_dict(averaged=False)
 
     def _seen(self) -> Averages:
         if self._averages is None:
@@ -127,6 +123,11 @@ class WeightAverage(Trick):
     @override
     def evaluation_owner(self) -> bool:
         return self.evaluate is not False
+
+    @property
+    @override
+    def follows_weights(self) -> bool:
+        return True
 
     # Before a fit
 
@@ -142,24 +143,24 @@ class WeightAverage(Trick):
                     raise
             self._take_up(pl_module)
             if self.evaluation_owner:
-                self._patches.wrap(trainer.strategy, "lightning_module_state_dict", self._deploying)
+                self._patches.wrap(trainer.strategy, "lightning_module_state_dict", partial(self._deploying, trainer))
         if self.evaluate == "both" and stage in {"fit", "validate"}:
             loop = trainer.fit_loop.epoch_loop.val_loop if stage == "fit" else trainer.validate_loop
             self._patches.wrap(loop, "run", lambda run: partial(self._run_twice, trainer, loop, run))
 
     def _take_up(self, module: LightningModule) -> None:
         """Go on where an earlier fit of this model ended, or start anew."""
-        if self._averages is None or not self._checked(module, "this fit starts a new average").tracks:
+        self._cadence.ended_epoch = -1
+        if self._averages is None or self._averages.module is not module:
             self._averages = Averages(module, self._storage)
+        self._forget_if_changed("this fit starts a new average")
         self._averages.put_raw()
 
-    def _checked(self, module: LightningModule, consequence: str) -> Averages:
-        """Return the averages, emptied if the model is no longer as the Trainer left it."""
+    def _forget_if_changed(self, consequence: str) -> None:
         averages = self._seen()
-        if averages.tracks and not averages.untouched(module):
-            rank_zero_info(f"The model is not the one {self!r} has averaged, or its weights have been changed since: {consequence}.")
-            self._averages = averages = Averages(module, self._storage)
-        return averages
+        if averages.tracks and not averages.untouched:
+            rank_zero_info(f"The weights that {self!r} averages have been changed since the Trainer returned the model: {consequence}.")
+            averages.tracks = []
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -179,22 +180,35 @@ class WeightAverage(Trick):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._resolve(trainer)
-        averages = self._seen()
-        return_to_shards(pl_module)
-        places = list_places(pl_module, self._select(pl_module), self.where, self.exclude, self.buffers)
-        self._roster = Roster(trainer.optimizers, self._storage, steps=trainer.global_step)
-        lost, joined = self._roster.enroll(places, averages.tracks)
-        averages.tracks = self._roster.tracks
+        lost, joined = self._enroll(trainer, pl_module)
         if lost:
             rank_zero_warn(f"{self!r} no longer selects {_some(lost)}; their averages are dropped.")
         if joined:
             rank_zero_warn(f"{self!r} had no average of {_some(joined)}; it starts from the present weights.")
-        self._hooks = [after_each_step(optimizer, partial(self._stepped, trainer, i)) for i, optimizer in enumerate(trainer.optimizers)]
+
+    def _enroll(self, trainer: Trainer, module: LightningModule) -> tuple[list[str], list[str]]:
+        """Follow what is to be averaged now, and the optimizers that there are now."""
+        self._unhook()
+        averages = self._seen()
+        places = list_places(module, self._select(module), self.where, self.exclude, self.buffers)
+        self._roster = Roster(trainer.optimizers, self._storage, steps=trainer.global_step)
+        changes = self._roster.enroll(places, averages.tracks)
+        averages.tracks = self._roster.tracks
+        self._hooked = list(trainer.optimizers)
+        for i, optimizer in enumerate(self._hooked):
+            self._hooks += after_each_step(optimizer, partial(self._stepped, trainer, i), before=self._roster.admit)
         self._begin_where_due(trainer)
+        return changes
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._begin_where_due(trainer)
+        self._enroll(trainer, pl_module)  # layers may have been replaced
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        optimizers = trainer.optimizers
+        if len(optimizers) != len(self._hooked) or any(new is not old for new, old in zip(optimizers, self._hooked, strict=True)):
+            self._enroll(trainer, pl_module)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -205,14 +219,13 @@ class WeightAverage(Trick):
         for track in self._seen().tracks:
             if optimizer in track.optimizers and not track.inside:
                 track.steps += 1
-                if track.begun is not None and self._every_steps and (track.steps - track.begun) % self._every_steps == 0:
+                if self._cadence.due_after_step(track):
                     track.update(self._weight(track))
         self._begin_where_due(trainer)
 
     def _begin_where_due(self, trainer: Trainer) -> None:
         for track in self._seen().tracks:
-            reached = trainer.current_epoch >= self._start.amount if self._start_step is None else track.steps >= self._start_step
-            if track.begun is None and reached:
+            if self._cadence.begins(track, trainer.current_epoch):
                 track.begin(trainer.current_epoch)
 
     @override
@@ -227,13 +240,10 @@ class WeightAverage(Trick):
         self._end_epoch(trainer)  # of an epoch cut short
 
     def _end_epoch(self, trainer: Trainer) -> None:
-        if self._every_steps is not None or self._ended_epoch == trainer.current_epoch:
-            return
-        self._ended_epoch = trainer.current_epoch
-        for track in self._seen().tracks:
-            due = track.begun is not None and (trainer.current_epoch + 1 - track.epoch) % int(self._every.amount) == 0
-            if due and track.steps > track.latest:
-                track.update(self._weight(track))
+        if self._cadence.ends_epoch(trainer.current_epoch):
+            for track in self._seen().tracks:
+                if self._cadence.due_after_epoch(track, trainer.current_epoch):
+                    track.update(self._weight(track))
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -243,11 +253,15 @@ class WeightAverage(Trick):
         self._seen().mark()
 
     @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.on_train_end(trainer, pl_module)  # which Lightning leaves out where nothing was left to train
+
+    @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._unhook()
-        if self._averages is not None and self._averages.module is pl_module:
-            self._was_inside &= trainer.state.fn != "fit"
-            self._leave()
+        if self._averages is not None and self._averages.module is pl_module and trainer.state.fn == "fit":
+            self._was_inside = False
+        self._leave()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -257,27 +271,30 @@ class WeightAverage(Trick):
     def _unhook(self) -> None:
         while self._hooks:
             self._hooks.pop().remove()
+        self._hooked, self._roster = [], None
 
     # During an evaluation, inside a fit or on its own
 
-    def _enter(self, module: LightningModule) -> None:
-        if self._averages is None:
+    def _enter(self, trainer: Trainer, module: LightningModule) -> None:
+        averages = self._averages
+        if averages is None or averages.module is not module:
             return
-        averages = self._averages if self._hooks else self._checked(module, "it is evaluated as it is")
+        if trainer.state.fn != "fit":
+            self._forget_if_changed("it is evaluated as it is")
         self._was_inside = averages.inside
         if self.evaluation_owner:
             averages.put_average()
 
     def _leave(self) -> None:
-        if self._averages is None:
-            return
-        if not self._was_inside:
-            self._averages.put_raw()
-        self._averages.mark()
+        if self._was_inside is not None:
+            if not self._was_inside:
+                self._seen().put_raw()
+            self._seen().mark()
+        self._was_inside = None
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._enter(pl_module)
+        self._enter(trainer, pl_module)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -285,7 +302,7 @@ class WeightAverage(Trick):
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._enter(pl_module)
+        self._enter(trainer, pl_module)
 
     @override
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -293,7 +310,7 @@ class WeightAverage(Trick):
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._enter(pl_module)
+        self._enter(trainer, pl_module)
 
     @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -302,7 +319,9 @@ class WeightAverage(Trick):
     def _run_twice(self, trainer: Trainer, loop: Any, run: Callable[[], Any]) -> Any:
         """Validate the raw weights aside, then the average as always."""
         averages = self._averages
-        if averages is not None and averages.begun and not trainer.sanity_checking and (self._hooks or averages.untouched(averages.module)):
+        if averages is None or not averages.begun or not self._acts_on(trainer) or trainer.sanity_checking:
+            return run()
+        if trainer.state.fn == "fit" or averages.untouched:
             was_inside = averages.inside
             averages.put_raw()
             validate_aside(trainer, loop, "raw")
@@ -321,36 +340,41 @@ class WeightAverage(Trick):
         if self.evaluation_owner:
             checkpoint["state_dict"] = averages.replaced(checkpoint["state_dict"], averages.averaged())
         entry = pack(averages, checkpoint, self.state_key, deployed=self.evaluation_owner)
-        write_entry(checkpoint, self.state_key, repr(self), {**entry, "ended_epoch": self._ended_epoch})
+        write_entry(checkpoint, self.state_key, repr(self), {**entry, "ended_epoch": self._cadence.ended_epoch})
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         fitting = trainer.state.fn == "fit"
         entry = read_entry(checkpoint, self.state_key)
         self._averages = averages = Averages(pl_module, self._storage)
-        self._ended_epoch = -1 if entry is None else entry.get("ended_epoch", -1)
-        return_to_shards(pl_module)
         raw = {} if entry is None else unpack(entry, checkpoint, averages, trainer.ckpt_path, self.state_key)
-        if not fitting:
+        self._cadence.ended_epoch = -1 if entry is None else entry["ended_epoch"]
+        if self.evaluation_owner and not fitting:
             averages.adopt(raw)
             return
-        averages.write(raw)
-        if entry is None:
-            rank_zero_info(f"{self!r} found no average of its own in the checkpoint; it starts from the checkpoint's weights.")
         present = [callback.state_key for callback in callbacks_of(trainer)]
-        if absent := restore_absent(checkpoint, pl_module, present, trainer.ckpt_path):
+        absent = unpack_absent(checkpoint, pl_module, present, trainer.ckpt_path) if fitting else {}
+        for parts in (*absent.values(), raw):
+            averages.write(parts)
+        if fitting and entry is None:
+            rank_zero_info(f"{self!r} found no average of its own in the checkpoint; it starts from the checkpoint's weights.")
+        if absent:
             rank_zero_warn(
-                f"The checkpoint was made with {absent[0]}, which this Trainer lacks: training goes on from its raw weights, "
+                f"The checkpoint was made with {next(iter(absent))}, which this Trainer lacks: training goes on from its raw weights, "
                 "and its average is dropped. Add the callback to keep it."
             )
         averages.mark()
 
-    def _deploying(self, state_dict: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+    def _deploying(self, trainer: Trainer, state_dict: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
         def deployed() -> dict[str, Any]:
-            averages = self._seen()
-            return averages.replaced(state_dict(), averages.averaged())
+            averages, state = self._averages, state_dict()
+            return averages.replaced(state, averages.averaged()) if averages is not None and self._acts_on(trainer) else state
 
         return deployed
+
+    def _acts_on(self, trainer: Trainer) -> bool:
+        """Tell whether a Trainer, which may have gone on without this callback after an exception, trains the model averaged here."""
+        return self in callbacks_of(trainer) and self._averages is not None and self._averages.module is trainer.lightning_module
 
 
 def _some(names: list[str]) -> str:

@@ -4,32 +4,38 @@ from __future__ import annotations
 
 from copy import copy
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary, WeakSet
+
+from torch import Tensor
 
 from lightning_tricks._core.strategies import as_sharded, is_sharded, own_part, return_to_shards, whole
-from lightning_tricks._core.weights import copy_, named_tensors
+from lightning_tricks._core.weights import copy_, memory, named_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import Tensor, nn
+    from torch import nn
 
     from lightning_tricks.averaging._tracks import Storage, Track
 
 __all__ = ["Averages"]
+
+_OF_MODEL: WeakKeyDictionary[nn.Module, WeakSet[Averages]] = WeakKeyDictionary()
 
 
 class Averages:
     """The tracks of one model.
 
     Nobody tells a callback when a user loads other weights into the model between two calls of the Trainer. Therefore the versions
-    of the tensors are noted when the Trainer hands the model back (`mark`), and compared when it returns (`untouched`).
+    of the tensors are noted when the Trainer hands the model back (`mark`), and compared when it returns (`untouched`). Several
+    callbacks may average one model; what one of them puts into it is no change to the others.
     """
 
     def __init__(self, module: nn.Module, storage: Storage) -> None:
         self.module, self.storage = module, storage
         self.tracks: list[Track] = []
         self._versions: list[list[int]] = []
-        self.mark()
+        _OF_MODEL.setdefault(module, WeakSet()).add(self)
 
     @property
     def begun(self) -> bool:
@@ -41,17 +47,33 @@ class Averages:
         """Whether the model holds averages."""
         return any(track.inside for track in self.tracks)
 
+    @property
+    def untouched(self) -> bool:
+        """Whether nobody has written to the weights since `mark`."""
+        return self._versions == [track.versions() for track in self.tracks]
+
+    def mark(self) -> None:
+        """Note the state in which the model is handed back."""
+        self._versions = [track.versions() for track in self.tracks]
+
     def put_average(self) -> None:
         """Let the model hold the averages that have begun."""
-        return_to_shards(self.module)
-        for track in self.tracks:
-            track.put_average()
+        self._put(average=True)
 
     def put_raw(self) -> None:
         """Let the model hold the training weights."""
+        self._put(average=False)
+
+    def _put(self, *, average: bool) -> None:
         return_to_shards(self.module)
+        undisturbed = [other for other in _OF_MODEL[self.module] if other.untouched]
         for track in self.tracks:
-            track.put_raw()
+            if average:
+                track.put_average()
+            else:
+                track.put_raw()
+        for other in undisturbed:
+            other.mark()
 
     def write(self, raw: Mapping[str, Tensor]) -> None:
         """Give the model these training weights, in place of averages that came with a checkpoint."""
@@ -70,7 +92,17 @@ class Averages:
 
     def raw(self) -> dict[str, Tensor]:
         """Return this rank's parts of the training weights of the averages that have begun, by name and without a copy."""
-        return {name: tensor for track in self.tracks for name, tensor in track.raw().items()}
+        raw = {name: tensor for track in self.tracks for name, tensor in track.raw().items()}
+        for other in _OF_MODEL[self.module]:
+            if other is not self and other.inside:
+                raw |= {name: tensor for track in other.tracks for name, tensor in track.raw().items() if name in raw}
+        return raw
+
+    def state_dict(self, *, averaged: bool) -> dict[str, Tensor]:
+        """Return copies of the model's state, with averages or with training weights."""
+        return_to_shards(self.module)
+        state = self.replaced(self.module.state_dict(), self.averaged() if averaged else self.raw())
+        return {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
 
     def laid_out(self, parts: Mapping[str, Tensor], *, sharded: bool) -> dict[str, Tensor]:
         """Return tensors for a checkpoint: sharded as the model's if asked, or else whole, on the rank that writes.
@@ -84,24 +116,23 @@ class Averages:
         return {name: tensor for name, tensor in wholes.items() if tensor is not None}
 
     def replaced(self, state_dict: dict[str, Any], parts: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Return the model's state dict with other tensors, tied ones under each of their names, in the dtype that it has.
+        """Return the model's state dict with other tensors, in the dtype that it has.
 
-        All ranks must call this together. A state dict that is gathered on one rank is empty on the others.
+        Tensors are found by the memory that they share with the model's, whatever their names, or else, as copies, by name. All ranks
+        must call this together; a state dict that is gathered on one rank is empty on the others.
         """
         return_to_shards(self.module)
         tensors = self.laid_out(parts, sharded=is_sharded(state_dict))
-        own = named_tensors(self.module)
-        by_identity = {id(own[name]): tensor for name, tensor in tensors.items()}
+        live = {name: place.whole for track in self.tracks for name, place in track.places.items() if name in tensors}
+        by_memory = {memory(tensor): name for name, tensor in live.items() if tensor.numel()}
+        same = {id(tensor): name for name, tensor in live.items()}
+        by_name = {name: same[id(tensor)] for name, tensor in named_tensors(self.module).items() if id(tensor) in same}
         state = copy(state_dict)  # which keeps `_metadata`
-        for name in state.keys() & own.keys():
-            if id(own[name]) in by_identity:
-                state[name] = by_identity[id(own[name])].to(state[name])
+        for key, value in state_dict.items():
+            name = by_memory.get(memory(value)) if isinstance(value, Tensor) and value.numel() else None
+            if name is not None and value.stride() != live[name].stride():  # another view of the same memory
+                offset = value.storage_offset() - live[name].storage_offset()
+                state[key] = tensors[name].as_strided(value.shape, value.stride(), tensors[name].storage_offset() + offset).to(value)
+            elif (name := name or by_name.get(key)) is not None:
+                state[key] = tensors[name].to(value)
         return state
-
-    def mark(self) -> None:
-        """Note the state in which the model is handed back."""
-        self._versions = [track.versions() for track in self.tracks]
-
-    def untouched(self, module: nn.Module) -> bool:
-        """Tell whether this is the same model, and nobody has written to its weights since `mark`."""
-        return self.module is module and self._versions == [track.versions() for track in self.tracks]

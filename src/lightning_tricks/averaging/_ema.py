@@ -11,14 +11,14 @@ Learning: Dynamics and Benefits", TMLR, 2024, for its exponential form.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lightning_tricks._core.checks import check_in_unit_interval
-from lightning_tricks._core.clock import Duration
+from lightning_tricks._core.checks import check_in_unit_interval, check_tensors
+from lightning_tricks._core.clock import Duration, plain_duration
 from lightning_tricks._core.lightning import Trainer, override
 from lightning_tricks._core.weights import lerp_
 from lightning_tricks.averaging._average import WeightAverage
@@ -28,7 +28,7 @@ from lightning_tricks.errors import ArgumentError
 __all__ = ["EMA", "ema_decay", "ema_update_"]
 
 
-def ema_update_(average: Sequence[Tensor], current: Sequence[Tensor], decay: float) -> None:
+def ema_update_(average: Iterable[Tensor], current: Iterable[Tensor], decay: float) -> None:
     """Update exponential moving averages in place: ``e ← β·e + (1 − β)·w``.
 
     All pairs that agree in dtype and device are updated in one foreach call.
@@ -39,10 +39,10 @@ def ema_update_(average: Sequence[Tensor], current: Sequence[Tensor], decay: flo
         decay: The share β of the old average that is kept, in [0, 1].
 
     Shape:
-        - average, current: sequences of equal length of tensors ``(*)``, equal in shape pair by pair.
+        - average, current: as many tensors ``(*)`` in each, equal in shape pair by pair.
 
     Raises:
-        ArgumentError: If `decay` lies outside [0, 1], or the sequences do not pair up.
+        ArgumentError: If `decay` lies outside [0, 1], or `average` and `current` are no floating-point tensors that pair up.
 
     Example:
         >>> average = [torch.tensor([0.0, 1.0])]
@@ -51,10 +51,12 @@ def ema_update_(average: Sequence[Tensor], current: Sequence[Tensor], decay: flo
         [tensor([0.2500, 1.0000])]
     """
     check_in_unit_interval("decay", decay)
-    if isinstance(average, Tensor) or isinstance(current, Tensor) or [t.shape for t in average] != [t.shape for t in current]:
-        msg = "`average` and `current` must be sequences of tensors with the same shapes. Pass lists, such as `list(model.parameters())`."
+    averages, currents = (list(check_tensors(name, tensors)) for name, tensors in (("average", average), ("current", current)))
+    if [tensor.shape for tensor in averages] != [tensor.shape for tensor in currents]:
+        found = f"{len(averages)} and {len(currents)} tensors" if len(averages) != len(currents) else "other shapes in some pairs"
+        msg = f"`average` and `current` must pair up, tensor by tensor, with the same shapes, got {found}."
         raise ArgumentError(msg)
-    lerp_(list(average), list(current), 1 - decay)
+    lerp_(averages, currents, 1 - decay)
 
 
 def ema_decay(step: int, decay: float, *, warmup: int = 0, steps: int = 1) -> float:
@@ -184,9 +186,10 @@ class EMA(WeightAverage):
         )
         if half_life is None:
             decay = check_in_unit_interval("decay", 0.999 if decay is None else decay)
-        self.decay, self.half_life, self.warmup = decay, half_life, warmup
         self._half_life = None if half_life is None else Duration.parse("half_life", half_life, least=1)
         self._warmup = Duration.parse("warmup", warmup)
+        self.decay, self.half_life = decay, None if half_life is None else plain_duration(half_life)
+        self.warmup = plain_duration(warmup)
         self._beta, self._warmup_steps = 1.0, 0  # once resolved
 
     @override

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_tricks._core.checkpoint import check_tensors, other_entries
-from lightning_tricks._core.strategies import is_sharded, load_parts, part_of
+from lightning_tricks._core.strategies import is_sharded, load_parts, part_of, return_to_shards
 from lightning_tricks._core.weights import named_tensors
 from lightning_tricks.averaging._averages import Averages
 from lightning_tricks.averaging._roster import place_of
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-__all__ = ["pack", "restore_absent", "unpack"]
+__all__ = ["pack", "unpack", "unpack_absent"]
 
 _COUNTS = ("steps", "begun", "epoch", "latest", "updates")
 
@@ -89,7 +89,9 @@ def unpack(
     Raises:
         CheckpointError: If anything is missing or does not fit the model; then `averages` are empty.
     """
+    return_to_shards(averages.module)
     try:
+        _check_counts(entry)
         raw, average = (_read(entry, group, averages.module, path, state_key) for group in ("raw", "average"))
         tracks = [
             Track(tuple(record["optimizers"]), averages.storage, **{count: record[count] for count in _COUNTS})
@@ -111,19 +113,23 @@ def unpack(
     return raw
 
 
-def restore_absent(checkpoint: Mapping[str, Any], module: nn.Module, present: Collection[str], path: str | Path | None) -> list[str]:
-    """Give the model its training weights back where a callback that is not there had put averages into the state dict.
+def unpack_absent(
+    checkpoint: Mapping[str, Any], module: nn.Module, present: Collection[str], path: str | Path | None
+) -> dict[str, dict[str, Tensor]]:
+    """Read the training weights that callbacks which are not there had replaced by averages in the state dict.
 
     Returns:
-        What the absent callbacks call themselves.
+        This rank's parts of the weights, by what each callback calls itself.
+
+    Raises:
+        CheckpointError: If anything is missing or does not fit the model.
     """
-    absent = []
-    for state_key, entry in other_entries(checkpoint, present).items():
-        if entry.get("deployed"):
-            averages = Averages(module, Storage(None, None))
-            averages.write(unpack(entry, checkpoint, averages, path, state_key))
-            absent.append(str(entry.get("trick", state_key)))
-    return absent
+    storage = Storage(None, None)
+    return {
+        str(entry.get("trick", state_key)): unpack(entry, checkpoint, Averages(module, storage), path, state_key)
+        for state_key, entry in other_entries(checkpoint, present).items()
+        if entry.get("deployed")
+    }
 
 
 def _read(entry: Mapping[str, Any], group: str, module: nn.Module, path: str | Path | None, state_key: str) -> dict[str, Tensor]:
@@ -137,6 +143,17 @@ def _read(entry: Mapping[str, Any], group: str, module: nn.Module, path: str | P
         **{name: part_of(tensor, own[name]) for name, tensor in stored.items()},
         **{name: parts[_sharded_name(state_key, group, name)] for name in dtypes},
     }
+
+
+def _check_counts(entry: Mapping[str, Any]) -> None:
+    for record in ({"ended_epoch": entry["ended_epoch"]}, *entry["tracks"]):
+        for key in ("ended_epoch",) if "ended_epoch" in record else _COUNTS:
+            if type(record[key]) is not int and not (key == "begun" and record[key] is None):
+                msg = f"{key} is {record[key]!r}"
+                raise ValueError(msg)
+    if any(record["buffers"] not in {"average", "keep"} for record in entry["tracks"]):
+        msg = "an unknown treatment of buffers"
+        raise ValueError(msg)
 
 
 def _sharded_name(state_key: str, group: str, name: str) -> str:

@@ -9,12 +9,15 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
 from lightning_tricks._core.selection import matches
+from lightning_tricks._core.strategies import own_part, return_to_shards
+from lightning_tricks._core.weights import memory
 from lightning_tricks.averaging._tracks import Place, Storage, Track
+from lightning_tricks.errors import TrickError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from torch import nn
+    from torch import Tensor, nn
     from torch.optim import Optimizer
 
 __all__ = ["Roster", "list_places", "place_of"]
@@ -41,6 +44,8 @@ class Roster:
         self.waiting: dict[str, Place] = {}
         self._optimizers, self._storage = optimizers, storage
         self._moved: list[set[int]] = []
+        self._frozen: list[Tensor] = []
+        self._lazy = False
         self._steps = steps // max(1, len(optimizers))  # of each, where no track has counted them
 
     def enroll(self, places: Mapping[str, Place], earlier: Sequence[Track]) -> tuple[list[str], list[str]]:
@@ -59,18 +64,28 @@ class Roster:
                 continue
             fits = average is not None and average.shape == place.tensor.shape
             self._track_of(place, source).follow(name, place, average if fits else None)
+        self._sort_waiting()
         lost = [name for track in earlier for name in track.averages if name not in places]
         joined = [name for track in self.tracks for name in track.averages if earlier and name not in held]
         return lost, joined
 
     def admit(self) -> None:
         """Let those in that need wait no longer, before the optimizer moves them for the first time."""
+        if not any(tensor.requires_grad for tensor in self._frozen) and not self._lazy:
+            return
         admitted = [name for name, place in self.waiting.items() if _ready(place)]
         if admitted:
             self._look_up_moved()
         for name in admitted:
             place = self.waiting.pop(name)
             self._track_of(place, None).follow(name, place)
+        self._sort_waiting()
+
+    def _sort_waiting(self) -> None:
+        """Prepare the question that is asked before each step."""
+        tensors = [place.whole for place in self.waiting.values()]
+        self._lazy = any(map(is_lazy, tensors))
+        self._frozen = [tensor for tensor in tensors if not tensor.requires_grad]
 
     def _look_up_moved(self) -> None:
         self._moved = [{id(p) for group in optimizer.param_groups for p in group["params"]} for optimizer in self._optimizers]
@@ -99,7 +114,8 @@ def list_places(
 
     A buffer with infinities, such as an attention mask, is a constant: averaging would turn it into NaNs.
     """
-    places = {name: place_of(module, name, "keep") for name in parameters}
+    return_to_shards(module)
+    places = {name: place_of(module, name, "keep") for name in _once_per_memory(parameters)}
     if buffers == "copy":
         return places
     for name, buffer in module.named_buffers():
@@ -109,6 +125,32 @@ def list_places(
         if wanted and stored and (is_lazy(buffer) or (buffer.is_floating_point() and bool(torch.isfinite(buffer).all()))):
             places[name] = place
     return places
+
+
+def _once_per_memory(parameters: Mapping[str, nn.Parameter]) -> list[str]:
+    """Return the names of parameters without those that are another view of one before, such as a transpose.
+
+    Raises:
+        TrickError: If two parameters overlap in part, so that no exchange of both would be exact.
+    """
+    names: list[str] = []
+    covered: dict[int, list[tuple[int, int, str]]] = {}
+    for name, parameter in parameters.items():
+        if is_lazy(parameter) or not own_part(parameter).numel():
+            names.append(name)
+            continue
+        address, first, last = memory(parameter)
+        overlapping = [other for begin, end, other in covered.get(address, ()) if first <= end and begin <= last]
+        if not overlapping:
+            names.append(name)
+            covered.setdefault(address, []).append((first, last, name))
+        elif memory(parameters[overlapping[0]]) != (address, first, last):
+            msg = (
+                f"Parameters must share their memory with others wholly or not at all to be averaged, and {overlapping[0]!r} and {name!r} "
+                "share a part. `exclude` one of them."
+            )
+            raise TrickError(msg)
+    return names
 
 
 def _ready(place: Place) -> bool:

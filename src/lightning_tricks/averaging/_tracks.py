@@ -174,8 +174,11 @@ class Track:
         return {name: self.averages[name] if name in self._raw_of_rounded else tensor.detach() for name, tensor in self._live().items()}
 
     def versions(self) -> list[int]:
-        """Return numbers that change when somebody writes to a tensor that is followed."""
-        return [tensor._version for tensor in self._live().values()]
+        """Return numbers that change when somebody writes to a parameter that is followed.
+
+        Buffers are left out: evaluation may write to them, and moving a model makes new ones.
+        """
+        return [place.tensor._version for name, place in self.places.items() if name in self.averages and place.kind == "parameter"]
 
     def _live(self) -> dict[str, Tensor]:
         return {name: self.places[name].tensor for name in self.averages}
@@ -187,7 +190,9 @@ class Track:
     def _store(self, name: str, value: Tensor | None = None) -> None:
         self._moving = None
         like = self.places[name].tensor
-        dtype = self.storage.dtype or torch.promote_types(like.dtype, torch.float32)
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        if self.storage.dtype is not None:
+            dtype = self.storage.dtype.to_complex() if like.is_complex() else self.storage.dtype
         device = self.storage.device or like.device
         if value is not None and (value.dtype, value.device) == (dtype, device):
             self.averages[name] = value
