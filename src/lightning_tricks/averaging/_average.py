@@ -24,7 +24,7 @@ from lightning_tricks._core.lightning import (
 from lightning_tricks._core.selection import select_parameters
 from lightning_tricks._core.strategies import refuse_strategies
 from lightning_tricks._core.surgery import Patches
-from lightning_tricks._core.trick import Trick
+from lightning_tricks._core.swapping import SwappingTrick
 from lightning_tricks.averaging._averages import Averages
 from lightning_tricks.averaging._cadence import Cadence
 from lightning_tricks.averaging._records import pack, unpack, unpack_absent
@@ -48,7 +48,7 @@ _UNSUPPORTED = {
 }
 
 
-class WeightAverage(Trick):
+class WeightAverage(SwappingTrick):
     """A running average of the weights; subclasses say by how much an update moves it."""
 
     def __init__(
@@ -261,7 +261,7 @@ class WeightAverage(Trick):
         self._unhook()
         if self._averages is not None and self._averages.module is pl_module and trainer.state.fn == "fit":
             self._was_inside = False
-        self._leave()
+        super().on_exception(trainer, pl_module, exception)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -275,6 +275,7 @@ class WeightAverage(Trick):
 
     # During an evaluation, inside a fit or on its own
 
+    @override
     def _enter(self, trainer: Trainer, module: LightningModule) -> None:
         averages = self._averages
         if averages is None or averages.module is not module:
@@ -285,36 +286,13 @@ class WeightAverage(Trick):
         if self.evaluation_owner:
             averages.put_average()
 
+    @override
     def _leave(self) -> None:
         if self._was_inside is not None:
             if not self._was_inside:
                 self._seen().put_raw()
             self._seen().mark()
         self._was_inside = None
-
-    @override
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._enter(trainer, pl_module)
-
-    @override
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._leave()
-
-    @override
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._enter(trainer, pl_module)
-
-    @override
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._leave()
-
-    @override
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._enter(trainer, pl_module)
-
-    @override
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._leave()
 
     def _run_twice(self, trainer: Trainer, loop: Any, run: Callable[[], Any]) -> Any:
         """Validate the raw weights aside, then the average as always."""
