@@ -62,6 +62,12 @@ AVERAGING_WRONG = (
     ({"name": "two words"}, "`name` must be a word"),
 )
 
+AVERAGING_NOTHING_MATCHED = (
+    ({"where": "*.block*"}, "`where='*.block*'` matched none of Net's"),
+    ({"exclude": "*"}, "`exclude='*'` removed all"),
+    ({"where": "frozen"}, "all 2 that `where='frozen'` matched are frozen"),
+)
+
 CASES = [
     Case(
         lt.EMA,
@@ -78,13 +84,22 @@ CASES = [
             ({"warmup": "-3"}, "`warmup` must be"),
             *AVERAGING_WRONG,
         ),
-        nothing_matched=(
-            ({"where": "*.block*"}, "`where='*.block*'` matched none of Net's"),
-            ({"exclude": "*"}, "`exclude='*'` removed all"),
-            ({"where": "frozen"}, "all 2 that `where='frozen'` matched are frozen"),
-        ),
+        nothing_matched=AVERAGING_NOTHING_MATCHED,
         skips={
             "remove": "a callback that changes no module has nothing to remove",
         },
+    ),
+    Case(
+        lt.PolyakAveraging,
+        acting={"start": 2},
+        neutral={"evaluate": False},
+        wrong=(
+            ({"stop": 0}, "`stop` must be an int of optimizer steps"),
+            ({"stop": "later"}, "got 'later'"),
+            ({"start": 5, "stop": 4}, "`stop` must come after `start`, got start=5 and stop=4."),
+            *AVERAGING_WRONG,
+        ),
+        nothing_matched=AVERAGING_NOTHING_MATCHED,
+        skips={"remove": "a callback that changes no module has nothing to remove"},
     ),
 ]

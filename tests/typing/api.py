@@ -16,6 +16,7 @@ trainer = L.Trainer(
         lt.EMA(half_life="500 steps", warmup=100, device="cpu", dtype=torch.float64, evaluate=False),
     ]
 )
+lt.PolyakAveraging(start="50%", stop=1000, every="1 epoch")
 ema = lt.EMA(decay=0.9)
 raw: dict[str, torch.Tensor] = ema.raw_state_dict()
 average: Mapping[str, torch.Tensor] = ema.averaged_state_dict()

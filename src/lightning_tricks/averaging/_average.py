@@ -63,9 +63,10 @@ class WeightAverage(SwappingTrick):
         exclude: str | Sequence[str],
         evaluate: bool | Literal["both"],
         name: str | None,
+        stop: int | str | None = None,
     ) -> None:
         super().__init__(name)
-        self._cadence = Cadence(start, every)
+        self._cadence = Cadence(start, every, stop)
         self.start, self.every = plain_duration(start), plain_duration(every)
         self.buffers = check_choice("buffers", buffers, ("average", "copy", "keep"))
         self._storage = Storage(check_device(device), check_precise_dtype(dtype))
@@ -219,7 +220,7 @@ class WeightAverage(SwappingTrick):
         for track in self._seen().tracks:
             if optimizer in track.optimizers and not track.inside:
                 track.steps += 1
-                if self._cadence.due_after_step(track):
+                if self._cadence.due_after_step(track, trainer.current_epoch):
                     track.update(self._weight(track))
         self._begin_where_due(trainer)
 
