@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -184,6 +188,31 @@ def fit(
     run = Run(module, trainer, list(callbacks), recorder.history[-1] if recorder.history else {}, torch.get_rng_state())
     run.losses = getattr(module, "losses", [])
     return run
+
+
+def launch(script: Path, folder: Path, *, processes: int) -> None:
+    """Run a script on several processes that find each other as torchrun's do, and show what it printed if one fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "tests", "OMP_NUM_THREADS": "1"}
+    sizes = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "GROUP_RANK": "0"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, script, folder],
+            env={**os.environ, **shared, **sizes, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(processes)
+    ]
+    try:
+        outputs = [process.communicate(timeout=900)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [0] * processes, "\n".join(output[-3000:] for output in outputs)
 
 
 def assert_equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:

@@ -238,48 +238,41 @@ def test_resuming_with_another_selection_says_what_changes(tmp_path):
     assert recorder.history
 
 
-def damage(entry, how):
-    if how == "not a record":
-        return "something else"
-    if how == "newer":
-        return {**entry, "version": 99}
-    if how == "not an entry":
-        return {**entry, "EMA": [1, 2]}
-    own = {**entry["EMA"]}
-    if how == "no raw weights":
-        del own["raw"]
-    elif how == "half the raw weights":
-        own["raw"] = dict(list(own["raw"].items())[:2])
-    elif how == "another shape":
-        own["raw"] = {**own["raw"], "head.weight": torch.zeros(1)}
-    elif how == "no tensor":
-        own["raw"] = {**own["raw"], "head.weight": 3}
-    elif how == "another model":
-        own["tracks"] = [{**own["tracks"][0], "names": ["elsewhere.weight"]}]
-        own["raw"]["elsewhere.weight"] = own["average"]["elsewhere.weight"] = torch.zeros(2)
-    elif how == "no counts":
-        own["tracks"] = [{"names": []}]
-    return {**entry, "EMA": own}
+def changed(entry, **changes):
+    """Return a record whose entry of EMA has other parts."""
+    return {**entry, "EMA": {**entry["EMA"], **changes}}
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        "not a record",
-        "newer",
-        "not an entry",
-        "no raw weights",
-        "half the raw weights",
-        "another shape",
-        "no tensor",
-        "another model",
-        "no counts",
-    ],
-)
+def changed_track(entry, **changes):
+    return changed(entry, tracks=[{**entry["EMA"]["tracks"][0], **changes}])
+
+
+def changed_raw(entry, **changes):
+    return changed(entry, raw={**entry["EMA"]["raw"], **changes})
+
+
+DAMAGE = {
+    "not a record": lambda entry: "something else",
+    "newer": lambda entry: {**entry, "version": 99},
+    "not an entry": lambda entry: {**entry, "EMA": [1, 2]},
+    "no raw weights": lambda entry: {**entry, "EMA": {key: value for key, value in entry["EMA"].items() if key != "raw"}},
+    "half the raw weights": lambda entry: changed(entry, raw=dict(list(entry["EMA"]["raw"].items())[:2])),
+    "a list of weights": lambda entry: changed(entry, raw=[1, 2]),
+    "another shape": lambda entry: changed_raw(entry, **{"head.weight": torch.zeros(1)}),
+    "no tensor": lambda entry: changed_raw(entry, **{"head.weight": 3}),
+    "an unknown name": lambda entry: changed_raw(entry, zzz=torch.zeros(2)),
+    "another model": lambda entry: changed_track(entry, names=["elsewhere.weight"]),
+    "no counts": lambda entry: changed(entry, tracks=[{"names": []}]),
+    "a count that is none": lambda entry: changed_track(entry, begun="x"),
+    "an unknown policy": lambda entry: changed_track(entry, buffers="zz"),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
 def test_a_damaged_or_foreign_entry_is_refused_whole(tmp_path, how):
     _, _, path = saved_at(tmp_path, 7)
     checkpoint = load(path)
-    checkpoint["lightning_tricks"] = damage(checkpoint["lightning_tricks"], how)
+    checkpoint["lightning_tricks"] = DAMAGE[how](checkpoint["lightning_tricks"])
     torch.save(checkpoint, tmp_path / "damaged.ckpt")
     module, trick = Net(), lt.EMA(0.9)
     with pytest.raises(errors.CheckpointError, match="Nothing of it was loaded"):
