@@ -43,4 +43,4 @@ class UnsupportedOptimizerError(TrickError, MisconfigurationException):
 
 
 class CheckpointError(TrickError, RuntimeError):
-    """A checkpoint's record of a trick is damaged or does not fit the model; nothing of it was loaded."""
+    """A checkpoint, or its record of a trick, is missing, damaged or does not fit; nothing of it was loaded."""

@@ -2,5 +2,6 @@
 
 from lightning_tricks._core.weights import using_weights
 from lightning_tricks.averaging._ema import ema_decay, ema_update_
+from lightning_tricks.averaging._soup import Soup, greedy_soup, uniform_soup
 
-__all__ = ["ema_decay", "ema_update_", "using_weights"]
+__all__ = ["Soup", "ema_decay", "ema_update_", "greedy_soup", "uniform_soup", "using_weights"]

@@ -1,6 +1,7 @@
 """What a user writes, checked by mypy and never run."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import lightning as L  # noqa: N812
 import torch
@@ -24,6 +25,10 @@ model = nn.Linear(2, 2)
 with functional.using_weights(model, average):
     model(torch.zeros(2))
 functional.ema_update_([torch.zeros(2)], list(model.parameters())[1:], decay=0.9)
+uniform: dict[str, torch.Tensor] = functional.uniform_soup(["a.ckpt", Path("b.ckpt")])
+soup: functional.Soup = functional.greedy_soup(Path("runs").glob("*.ckpt"), lambda state_dict: -state_dict["weight"].sum().item())
+model.load_state_dict(soup.state_dict)
+best: Path = soup.members[0]
 share: float = functional.ema_decay(3, 0.9, warmup=10)
 
 try:
