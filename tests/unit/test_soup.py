@@ -220,7 +220,9 @@ def test_score_is_called_once_for_each_model_and_for_each_soup(tmp_path):
 
 def test_a_path_given_twice_is_tried_once(tmp_path):
     low, high = save(tmp_path, *scalars(0, 3))
-    soup = functional.greedy_soup([low, high, str(high)], near(2))
+    seen = []
+    soup = functional.greedy_soup([low, high, str(high)], lambda state: seen.append(state) or near(2)(state))
+    assert len(seen) == 3
     assert soup.members == (high, low)
     assert list(soup.scores) == [low, high]
 
