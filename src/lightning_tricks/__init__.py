@@ -4,9 +4,11 @@ from importlib.metadata import version
 
 from lightning_tricks import errors, functional
 from lightning_tricks.averaging._ema import EMA
+from lightning_tricks.normalization._batch_norm_refresh import BatchNormRefresh
 
 __all__ = [
     "EMA",
+    "BatchNormRefresh",
     "errors",
     "functional",
 ]
