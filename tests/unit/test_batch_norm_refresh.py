@@ -118,7 +118,7 @@ def test_all_frozen_is_an_error():
 def test_layers_that_the_pass_does_not_reach_are_left_alone():
     model = nn.ModuleList([nn.BatchNorm1d(2), nn.BatchNorm1d(2)])
     model[1].running_mean.fill_(5)
-    refresh_batch_norm(model, [torch.ones(4, 2)], forward=lambda batch: model[0](batch))
+    refresh_batch_norm(model, [torch.ones(4, 2)], forward=model[0])
     assert model[0].running_mean.tolist() == [1, 1]
     assert model[1].running_mean.tolist() == [5, 5]
     with pytest.raises(errors.TrickError, match="reached none of '0', '1'"):
