@@ -86,6 +86,32 @@ CASES = [
         ),
         nothing_matched=AVERAGING_NOTHING_MATCHED,
         skips={
+            "pooled": "an average follows the statistics of its rank, as training does",
+            "remove": "a callback that changes no module has nothing to remove",
+        },
+    ),
+    Case(
+        lt.BatchNormRefresh,
+        acting={"on": "validation"},
+        neutral={},
+        wrong=(
+            ({"batches": 0}, "`batches` must be a positive number of batches, or 'all' for all, got 0."),
+            ({"batches": "every"}, "got 'every'"),
+            ({"batches": True}, "got True"),
+            ({"batches": 2.5}, "got 2.5"),
+            ({"on": "start"}, "`on` must be one of 'end', 'validation', got 'start'"),
+            ({"where": ""}, "`where` must be a glob over qualified names"),
+            ({"exclude": [None]}, "`exclude` must be a glob"),
+            ({"name": "two words"}, "`name` must be a word"),
+        ),
+        nothing_matched=(
+            ({"where": "head"}, "`where='head'` matched none of Net's 1. Their names look like 'body.1'"),
+            ({"exclude": "*"}, "`exclude='*'` removed all 1"),
+        ),
+        skips={
+            "neutral": "statistics that are never measured anew are those of a run without the callback; it must not disturb training",
+            "tensor parallel": "the model of that check has no BatchNorm, which tensor parallelism does not split",
+            "one process": "an unbiased variance changes by a factor of (n - 1)/(n - 1/2) when every value counts twice",
             "remove": "a callback that changes no module has nothing to remove",
         },
     ),
@@ -100,6 +126,9 @@ CASES = [
             *AVERAGING_WRONG,
         ),
         nothing_matched=AVERAGING_NOTHING_MATCHED,
-        skips={"remove": "a callback that changes no module has nothing to remove"},
+        skips={
+            "pooled": "an average follows the statistics of its rank, as training does",
+            "remove": "a callback that changes no module has nothing to remove",
+        },
     ),
 ]

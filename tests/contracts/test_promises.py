@@ -62,7 +62,9 @@ def test_a_checkpoint_loads_in_code_that_never_heard_of_us(case: Case, tmp_path)
 def test_neutral_arguments_change_nothing(case: Case, plain):
     run = fit([case.trick(**case.neutral)], case.model)
     assert run.losses == plain.losses
-    assert_equal(weights(run.module), weights(plain.module))
+    assert_equal(run.trained, plain.trained)
+    if "neutral" not in case.skips:
+        assert_equal(weights(run.module), weights(plain.module))
     assert torch.equal(run.random_state, plain.random_state)
 
 

@@ -15,6 +15,8 @@ trainer = L.Trainer(
         lt.EMA(),
         lt.EMA(0.99, start="1 epoch", every=10, buffers="average", where=["body.*"], exclude="*.bias", evaluate="both", name="slow"),
         lt.EMA(half_life="500 steps", warmup=100, device="cpu", dtype=torch.float64, evaluate=False),
+        lt.BatchNormRefresh(),
+        lt.BatchNormRefresh(20, on="validation", where=["body.*"], exclude="*.bn1", name="slow"),
     ]
 )
 lt.PolyakAveraging(start="50%", stop=1000, every="1 epoch")
@@ -30,6 +32,7 @@ soup: functional.Soup = functional.greedy_soup(Path("runs").glob("*.ckpt"), lamb
 model.load_state_dict(soup.state_dict)
 best: Path = soup.members[0]
 share: float = functional.ema_decay(3, 0.9, warmup=10)
+used: int = functional.refresh_batch_norm(nn.BatchNorm1d(2), [torch.randn(4, 2)], batches=1)
 
 try:
     lt.EMA(half_life="soon")
@@ -39,3 +42,4 @@ except errors.TrickError as error:
 lt.EMA(buffers="sync")  # type: ignore[arg-type]
 lt.EMA(0.9, 5)  # type: ignore[call-arg]
 lt.EMA(momentum=0.9)  # type: ignore[call-arg]
+lt.BatchNormRefresh("some")  # type: ignore[arg-type]

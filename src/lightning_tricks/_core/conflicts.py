@@ -19,7 +19,8 @@ def check_conflicts(callbacks: Iterable[Callback]) -> None:
     """Refuse callbacks that would corrupt each other's work.
 
     Two tricks may not share a state key, since their checkpoints and logs would collide. Only one callback, Lightning's own
-    included, may replace the weights used for evaluation. What a trick follows from step to step, no other callback may replace.
+    included, may replace the weights used for evaluation, and only one the statistics of normalization layers; Lightning's averages
+    replace both. What a trick follows from step to step, no other callback may replace.
 
     Raises:
         TrickConflictError: Naming both callbacks and the way out.
@@ -47,4 +48,16 @@ def check_conflicts(callbacks: Iterable[Callback]) -> None:
     if owners and foreign:
         other = f"Lightning's {type(foreign[0]).__name__}"
         msg = f"{owners[0]!r} and {other} both replace the weights used for evaluation. Keep one, or pass `evaluate=False` to the former."
+        raise TrickConflictError(msg)
+    measuring = [callback for callback in callbacks if getattr(callback, "replaces_statistics", False)]
+    if len(measuring) > 1:
+        first, second = measuring[:2]
+        msg = (
+            f"{first!r} and {second!r} both replace the statistics of normalization layers used for evaluation. Keep one, or pass "
+            "`buffers='copy'` to an average."
+        )
+        raise TrickConflictError(msg)
+    if measuring and foreign:
+        other = f"Lightning's {type(foreign[0]).__name__}"
+        msg = f"{measuring[0]!r} and {other} both replace the statistics of normalization layers used for evaluation. Keep one."
         raise TrickConflictError(msg)

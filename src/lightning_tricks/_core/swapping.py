@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
-from lightning_tricks._core.lightning import LightningModule, Trainer, override
+from lightning_tricks._core.lightning import LightningModule, Trainer, callbacks_of, override
 from lightning_tricks._core.trick import Trick
 
-__all__ = ["SwappingTrick"]
+__all__ = ["SwappingTrick", "settle_weights"]
 
 
 class SwappingTrick(Trick):
@@ -23,6 +23,18 @@ class SwappingTrick(Trick):
     @abstractmethod
     def _leave(self) -> None:
         """Take them back; do nothing if none are lent."""
+
+    @abstractmethod
+    def _settle(self, trainer: Trainer, module: LightningModule) -> None:
+        """Let the module hold, at the end of a fit, what it is to be evaluated with; a second call does nothing."""
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._settle(trainer, pl_module)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._settle(trainer, pl_module)  # Lightning leaves `on_train_end` out where nothing was left to train
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -51,3 +63,10 @@ class SwappingTrick(Trick):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._leave()
+
+
+def settle_weights(trainer: Trainer, module: LightningModule) -> None:
+    """Let the module hold, at the end of a fit, what it is to be evaluated with, wherever in the list the callback is that knows."""
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, SwappingTrick):
+            callback._settle(trainer, module)

@@ -54,6 +54,11 @@ class Trick(Callback, ABC):
         return False
 
     @property
+    def replaces_statistics(self) -> bool:
+        """Whether this trick replaces the statistics of normalization layers used for evaluation."""
+        return False
+
+    @property
     def log_prefix(self) -> str:
         """First part of the trick's log keys: ``ema`` for EMA(), ``ema_slow`` for EMA(name='slow')."""
         words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", type(self).__name__).lower()

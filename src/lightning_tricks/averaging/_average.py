@@ -130,6 +130,11 @@ class WeightAverage(SwappingTrick):
     def follows_weights(self) -> bool:
         return True
 
+    @property
+    @override
+    def replaces_statistics(self) -> bool:
+        return self.evaluation_owner and self.buffers != "copy"
+
     # Before a fit
 
     @override
@@ -247,15 +252,11 @@ class WeightAverage(SwappingTrick):
                     track.update(self._weight(track))
 
     @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _settle(self, trainer: Trainer, module: LightningModule) -> None:
         self._unhook()
         if self.evaluation_owner:
             self._seen().put_average()
         self._seen().mark()
-
-    @override
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.on_train_end(trainer, pl_module)  # which Lightning leaves out where nothing was left to train
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

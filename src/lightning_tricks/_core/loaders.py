@@ -1,0 +1,71 @@
+"""Additional passes over data that leave loaders, samplers and the random state as they were."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from copy import copy
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightning_tricks._core.lightning import LightningModule, Trainer, isolate_rng
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+__all__ = ["move_batch", "training_pass", "untouched"]
+
+
+@contextmanager
+def untouched(loaders: Iterable[Any]) -> Iterator[None]:
+    """Let loaders be iterated anew, and give everything back that iterating changes.
+
+    That is the random state of the process, and the attributes and generators of the loaders, their samplers and their data sets.
+    """
+    owners: dict[int, Any] = {}
+    for loader in loaders:
+        batch_sampler = getattr(loader, "batch_sampler", None)
+        parts = (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+        owners |= {id(part): part for part in (*parts, getattr(loader, "dataset", None)) if hasattr(part, "__dict__")}
+    kept = [(owner, dict(vars(owner))) for owner in owners.values()]
+    generators = [value for _, attributes in kept for value in attributes.values() if isinstance(value, torch.Generator)]
+    states = [generator.get_state() for generator in generators]
+    for owner, attributes in kept:
+        if "_iterator" in attributes:
+            owner._iterator = None  # persistent workers go on with the batches that training has asked for
+    try:
+        with isolate_rng():
+            yield
+    finally:
+        for owner, attributes in kept:
+            vars(owner).clear()
+            vars(owner).update(attributes)
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+@contextmanager
+def training_pass(trainer: Trainer, batches: int | None) -> Iterator[Iterator[Any]]:
+    """Give the batches of one epoch of training, or the first few, as if the Trainer were training.
+
+    None are given if the Trainer has loaded no training data.
+    """
+    loader: Any = trainer.fit_loop._combined_loader
+    if loader is None:
+        yield iter(())
+        return
+    stage, limits = trainer.state.stage, [limit for limit in (batches, trainer.num_training_batches) if limit is not None]
+    limit = min(limits)
+    try:
+        trainer.training = True  # hooks that move batches may ask
+        with untouched(loader.flattened):
+            yield (batch for batch, *_ in islice(iter(copy(loader)), None if limit == float("inf") else int(limit)))
+    finally:
+        trainer.state.stage = stage
+
+
+def move_batch(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
+    """Bring a batch to the device through the module's hooks, as the training loop does."""
+    batch = module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)

@@ -1,0 +1,148 @@
+"""Mean and variance of what reaches BatchNorm layers, measured in a pass over data that leaves the model as it was."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from lightning_tricks._core.lightning import rank_zero_info
+from lightning_tricks._core.strategies import return_to_shards
+from lightning_tricks.errors import ArgumentError, TrickError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+__all__ = ["Moments", "measure_statistics"]
+
+_PIECE = 1 << 22  # values converted to float64 at once
+_PATIENCE = 30.0  # seconds between reports of progress
+
+
+@dataclass
+class Moments:
+    """Count, mean and sum of squared deviations of values seen, per channel, in float64."""
+
+    mean: Tensor
+    deviations: Tensor
+    count: int = 0
+
+    @classmethod
+    def of(cls, norm: _BatchNorm) -> Moments:
+        """Return those of nothing."""
+        assert norm.running_mean is not None
+        device = "cpu" if norm.running_mean.device.type == "mps" else norm.running_mean.device  # MPS has no float64
+        mean, deviations = torch.zeros(2, norm.num_features, dtype=torch.float64, device=device)
+        return cls(mean, deviations)
+
+    def add(self, values: Tensor) -> None:
+        """Take in values of shape ``(N, C, *)``."""
+        values = values.detach()
+        for piece in torch.split(values, max(1, _PIECE * len(values) // max(1, values.numel()))):
+            count = piece.numel() // piece.shape[1]
+            dims = [dim for dim in range(piece.ndim) if dim != 1]
+            variance, mean = torch.var_mean(piece.to(self.mean.device).double(), dim=dims, correction=0)
+            self.merge(count, mean, variance * count)
+
+    def merge(self, count: int, mean: Tensor, deviations: Tensor) -> None:
+        """Take in the moments of other values: ``S ← S + S' + (m' − m)²·n·n'/(n + n')``."""
+        total = self.count + count
+        if count:
+            shift = mean - self.mean
+            self.deviations = self.deviations + deviations + shift.square() * (self.count * count / total)
+            self.mean = self.mean + shift * (count / total)
+        self.count = total
+
+    @property
+    def variance(self) -> Tensor:
+        """The unbiased variance, which is what running variances estimate."""
+        return self.deviations / (self.count - 1)
+
+
+def measure_statistics(
+    model: nn.Module, norms: Mapping[str, _BatchNorm], batches: Iterator[Any], forward: Callable[[Any], Any]
+) -> tuple[dict[str, tuple[Tensor, Tensor]], int]:
+    """Return mean and variance of the inputs of each layer that was reached, and the number of batches. The model is as before."""
+    moments, used, reported = {name: Moments.of(norm) for name, norm in norms.items()}, 0, time.monotonic()
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), _recording(model, norms, moments):  # compiled code has no hooks
+            for batch in batches:
+                forward(batch)
+                used += 1
+                if time.monotonic() - reported > _PATIENCE:
+                    reported = time.monotonic()
+                    rank_zero_info(f"BatchNorm statistics: {used} batches measured.")
+    finally:
+        return_to_shards(model)
+    used = _pool(list(moments.values()), used)
+    if not used:
+        msg = "BatchNorm statistics need at least one batch, and the loader gave none. Give a loader that can be iterated anew."
+        raise ArgumentError(msg)
+    reached = {name: (each.mean, each.variance) for name, each in moments.items() if each.count > 1}
+    if not reached:
+        msg = (
+            f"The pass over {used} batches must reach BatchNorm layers, and reached none of {', '.join(map(repr, list(norms)[:3]))}. "
+            "Define `predict_step`, or give `forward`, so that it calls the layers as evaluation does."
+        )
+        raise TrickError(msg)
+    return reached, used
+
+
+@contextmanager
+def _recording(model: nn.Module, norms: Mapping[str, _BatchNorm], moments: Mapping[str, Moments]) -> Iterator[None]:
+    """Let these layers normalize by their batch and note their inputs, while everything else evaluates."""
+
+    def note(name: str, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        values: Tensor = args[0] if args else kwargs["input"]
+        if values.numel() <= values.shape[1] and not isinstance(norm, nn.SyncBatchNorm):
+            msg = (
+                f"Each batch must have more than one value per channel to be normalized by, and {name!r} got the shape "
+                f"{tuple(values.shape)}. Use larger batches, or `drop_last=True`."
+            )
+            raise ArgumentError(msg)
+        moments[name].add(values)
+
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [buffer for norm in norms.values() for buffer in norm.buffers(recurse=False)]
+    kept = [buffer.clone() for buffer in buffers]
+    tracking = [(norm, norm.track_running_stats) for norm in norms.values()]
+    handles = [norm.register_forward_pre_hook(partial(note, name), with_kwargs=True) for name, norm in norms.items()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        for norm in norms.values():
+            norm.training, norm.track_running_stats = True, False
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes:
+            module.training = mode
+        for norm, tracks in tracking:
+            norm.track_running_stats = tracks
+        for buffer, value in zip(buffers, kept, strict=True):  # which a subclass may have written to all the same
+            buffer.copy_(value)
+
+
+def _pool(moments: list[Moments], used: int) -> int:
+    """Merge the moments of all ranks, in the same order on each, and return the number of batches of all."""
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return used
+    own = [torch.cat([each.mean.new_tensor([used, each.count]), each.mean, each.deviations]) for each in moments]
+    sizes, flat = [len(part) for part in own], torch.cat(own)
+    everyone = [torch.empty_like(flat) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(everyone, flat)
+    for each in moments:
+        each.mean, each.deviations, each.count = torch.zeros_like(each.mean), torch.zeros_like(each.deviations), 0
+    for rank in everyone:
+        for each, part in zip(moments, torch.split(rank, sizes), strict=True):
+            mean, deviations = part[2:].chunk(2)
+            each.merge(int(part[1].item()), mean, deviations)
+    return int(sum(rank[0].item() for rank in everyone))
