@@ -5,7 +5,7 @@ from __future__ import annotations
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, StochasticWeightAveraging
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -226,7 +226,7 @@ def test_batches_of_any_structure_through_the_modules_own_hooks():
 
 def test_what_else_replaces_statistics_is_refused():
     refresh = lt.BatchNormRefresh()
-    for other, words in ((lt.EMA(buffers="average"), "pass `buffers='copy'`"), (EMAWeightAveraging(), "Keep one")):
+    for other, words in ((lt.EMA(buffers="average"), "pass `buffers='copy'`"), (StochasticWeightAveraging(0.1), "Keep one")):
         for callbacks in ([refresh, other], [other, refresh]):
             with pytest.raises(errors.TrickConflictError, match=words):
                 make_trainer(callbacks).fit(Net(), Loader())
