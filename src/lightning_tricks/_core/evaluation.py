@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torchmetrics import Metric
 
 from lightning_tricks._core.lightning import callbacks_of, is_progress_bar, isolate_rng
+from lightning_tricks._core.loaders import untouched_generators
 from lightning_tricks._core.surgery import Patches
 
 if TYPE_CHECKING:
@@ -42,12 +42,14 @@ def validate_aside(trainer: Any, loop: Any, prefix: str) -> None:
     shadow.__dict__.pop("run", None)
     shadow.verbose = False
     first_iteration, callback_metrics = connector._first_loop_iter, dict(connector._callback_metrics)
+    loaders = loop._combined_loader.flattened if loop._combined_loader is not None else []
+    owners = [owner for loader in loaders for owner in (loader, getattr(loader, "sampler", None))]
     patches = Patches()
     for callback in callbacks_of(trainer):
         for hook in _HOOKS if not is_progress_bar(callback) else ():
             patches.wrap(callback, hook, lambda _: lambda *_: None)
     try:
-        with _active(trainer, loop, shadow), isolate_rng(), _untouched_metrics(trainer.lightning_module), _untouched_generators(loop):
+        with _active(trainer, loop, shadow), isolate_rng(), _untouched_metrics(trainer.lightning_module), untouched_generators(owners):
             shadow.run()
     finally:
         patches.undo()
@@ -81,20 +83,6 @@ def _active(trainer: Any, loop: Any, shadow: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, loop)
-
-
-@contextmanager
-def _untouched_generators(loop: Any) -> Iterator[None]:
-    """Let the loop's data loaders draw the same random numbers again."""
-    loaders = loop._combined_loader.flattened if loop._combined_loader is not None else []
-    owners = [owner for loader in loaders for owner in (loader, getattr(loader, "sampler", None))]
-    generators = [generator for owner in owners if isinstance(generator := getattr(owner, "generator", None), torch.Generator)]
-    states = [generator.get_state() for generator in generators]
-    try:
-        yield
-    finally:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from lightning_tricks._core.lightning import LightningModule, Trainer, isolate_r
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-__all__ = ["move_batch", "training_pass", "untouched"]
+__all__ = ["move_batch", "training_pass", "untouched", "untouched_generators"]
 
 
 @contextmanager
@@ -29,18 +29,27 @@ def untouched(loaders: Iterable[Any]) -> Iterator[None]:
         parts = (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
         owners |= {id(part): part for part in (*parts, getattr(loader, "dataset", None)) if hasattr(part, "__dict__")}
     kept = [(owner, dict(vars(owner))) for owner in owners.values()]
-    generators = [value for _, attributes in kept for value in attributes.values() if isinstance(value, torch.Generator)]
-    states = [generator.get_state() for generator in generators]
     for owner, attributes in kept:
         if "_iterator" in attributes:
             owner._iterator = None  # persistent workers go on with the batches that training has asked for
     try:
-        with isolate_rng():
+        with isolate_rng(), untouched_generators(owners.values()):
             yield
     finally:
         for owner, attributes in kept:
             vars(owner).clear()
             vars(owner).update(attributes)
+
+
+@contextmanager
+def untouched_generators(owners: Iterable[Any]) -> Iterator[None]:
+    """Let the generators that objects hold draw the same random numbers again afterwards."""
+    attributes = [value for owner in owners for value in getattr(owner, "__dict__", {}).values()]
+    generators = [value for value in attributes if isinstance(value, torch.Generator)]
+    states = [generator.get_state() for generator in generators]
+    try:
+        yield
+    finally:
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
 

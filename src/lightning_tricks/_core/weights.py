@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from lightning_tricks._core.strategies import own_part
 from lightning_tricks.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -75,8 +75,7 @@ def _pieces(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 def memory(tensor: Tensor) -> tuple[int, int, int]:
     """Return what part of what memory a tensor covers: its address, and where in it the first and the last element lie, in bytes."""
-    if isinstance(tensor, DTensor):
-        tensor = tensor._local_tensor
+    tensor = own_part(tensor)
     first = int(tensor.storage_offset())
     last = first + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.untyped_storage().data_ptr(), first * tensor.element_size(), last * tensor.element_size()

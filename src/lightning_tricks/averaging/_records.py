@@ -146,11 +146,11 @@ def _read(entry: Mapping[str, Any], group: str, module: nn.Module, path: str | P
 
 
 def _check_counts(entry: Mapping[str, Any]) -> None:
-    for record in ({"ended_epoch": entry["ended_epoch"]}, *entry["tracks"]):
-        for key in ("ended_epoch",) if "ended_epoch" in record else _COUNTS:
-            if type(record[key]) is not int and not (key == "begun" and record[key] is None):
-                msg = f"{key} is {record[key]!r}"
-                raise ValueError(msg)
+    counts = [("ended_epoch", entry["ended_epoch"]), *((key, record[key]) for record in entry["tracks"] for key in _COUNTS)]
+    for key, count in counts:
+        if type(count) is not int and not (key == "begun" and count is None):
+            msg = f"{key} is {count!r}"
+            raise ValueError(msg)
     if any(record["buffers"] not in {"average", "keep"} for record in entry["tracks"]):
         msg = "an unknown treatment of buffers"
         raise ValueError(msg)

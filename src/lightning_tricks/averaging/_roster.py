@@ -140,14 +140,14 @@ def _once_per_memory(parameters: Mapping[str, nn.Parameter]) -> list[str]:
             names.append(name)
             continue
         address, first, last = memory(parameter)
-        overlapping = [other for begin, end, other in covered.get(address, ()) if first <= end and begin <= last]
+        overlapping = [part for part in covered.get(address, ()) if first <= part[1] and part[0] <= last]
         if not overlapping:
             names.append(name)
             covered.setdefault(address, []).append((first, last, name))
-        elif memory(parameters[overlapping[0]]) != (address, first, last):
+        elif overlapping[0][:2] != (first, last):
             msg = (
-                f"Parameters must share their memory with others wholly or not at all to be averaged, and {overlapping[0]!r} and {name!r} "
-                "share a part. `exclude` one of them."
+                "Parameters must share their memory with others wholly or not at all to be averaged, and "
+                f"{overlapping[0][2]!r} and {name!r} share a part. `exclude` one of them."
             )
             raise TrickError(msg)
     return names
