@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lightning_tricks._core.weights import named_tensors
+from lightning_tricks._core.strategies import named_tensors
 from lightning_tricks.errors import CheckpointError
 
 if TYPE_CHECKING:

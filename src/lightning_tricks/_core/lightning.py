@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
     from lightning.pytorch.utilities.seed import isolate_rng
     from lightning.pytorch.utilities.types import STEP_OUTPUT
+    from torch import nn
 
 __all__ = [
     "STEP_OUTPUT",
@@ -39,6 +40,7 @@ __all__ = [
     "override",
     "rank_zero_info",
     "rank_zero_warn",
+    "wrapped",
 ]
 
 
@@ -125,3 +127,10 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
 def logs_now(trainer: Trainer) -> bool:
     """Tell whether the Trainer hands this training step's metrics to its loggers."""
     return bool(trainer.loggers) and trainer._logger_connector.should_update_logs
+
+
+def wrapped(module: nn.Module) -> nn.Module:
+    """Return a module as the strategy of its Trainer has wrapped it, or as it is."""
+    strategy = getattr(getattr(module, "_trainer", None), "strategy", None)
+    model: nn.Module | None = getattr(strategy, "model", None)
+    return module if model is None or getattr(strategy, "lightning_module", None) is not module else model

@@ -1,16 +1,20 @@
-"""What a strategy does to tensors: which part of each a rank owns, and how to get from parts to wholes and back."""
+"""What a strategy does to a model, and how to undo it for a moment."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp._runtime_utils import _reshard
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from lightning_tricks._core.lightning import wrapped
+from lightning_tricks._core.shards import Shards, find_shards
 from lightning_tricks.errors import UnsupportedStrategyError
 
 if TYPE_CHECKING:
@@ -18,7 +22,23 @@ if TYPE_CHECKING:
 
     from lightning_tricks._core.lightning import Trainer
 
-__all__ = ["as_sharded", "is_sharded", "load_parts", "own_part", "part_of", "refuse_strategies", "return_to_shards", "whole"]
+__all__ = [
+    "as_sharded",
+    "cut",
+    "holder_of",
+    "is_sharded",
+    "load_parts",
+    "named_tensors",
+    "own_part",
+    "owner_of",
+    "plain_name",
+    "refuse_strategies",
+    "return_to_shards",
+    "stored_tensors",
+    "whole",
+]
+
+_WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def refuse_strategies(trainer: Trainer, trick: str, reasons: dict[str, str]) -> None:
@@ -41,63 +61,100 @@ def refuse_strategies(trainer: Trainer, trick: str, reasons: dict[str, str]) -> 
 
 
 def return_to_shards(module: nn.Module) -> None:
-    """Let FSDP2 modules hold their shards.
+    """Let parameters that were gathered for a while be spread over ranks again.
 
-    A forward pass without gradients leaves the root unsharded: then `parameters` yields whole tensors whose changes are lost, and the
-    next forward pass would not see changes of the shards.
+    A forward pass without gradients leaves the root of FSDP unsharded, and ZeRO-3 never spreads small parameters: then `parameters`
+    yields whole tensors whose changes are lost, and the next forward pass would not see changes of the shards.
     """
-    for child in module.modules():
+    for child in wrapped(module).modules():
         if isinstance(child, FSDPModule):
             child.reshard()
+        elif isinstance(child, FullyShardedDataParallel) and hasattr(getattr(child._handle, "flat_param", None), "_local_shard"):
+            _reshard(child, child._handle, free_unsharded_flat_param=child._handle.uses_sharded_strategy)
+    for parameter in module.parameters():
+        if hasattr(parameter, "ds_status") and parameter.ds_status.name == "AVAILABLE":
+            parameter.partition()  # type: ignore[attr-defined]
+
+
+def plain_name(name: str) -> str:
+    """Return a qualified name without the wrappers that a strategy puts around modules."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def owner_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Return the module that holds a named tensor, inside all wrappers, and the tensor's name there."""
+    path, _, key = name.rpartition(".")
+    owner = module.get_submodule(path)
+    while inner := next((owner._modules[wrapper] for wrapper in _WRAPPERS if wrapper in owner._modules), None):
+        owner = inner
+    return owner, key
+
+
+def named_tensors(module: nn.Module) -> dict[str, Tensor | Shards]:
+    """Return parameters and buffers by every name they have, tied ones under each, and shards for those that are spread over ranks."""
+    shards = find_shards(wrapped(module))
+    tensors = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    return {plain_name(name): shards.get(id(tensor), tensor) for name, tensor in tensors}
+
+
+def stored_tensors(module: nn.Module) -> dict[str, Tensor | Shards]:
+    """Return those named tensors that a state dict holds."""
+    modules = module.named_modules(remove_duplicate=False)
+    passing = {plain_name(f"{path}.{key}".lstrip(".")) for path, owner in modules for key in owner._non_persistent_buffers_set}
+    return {name: tensor for name, tensor in named_tensors(module).items() if name not in passing}
 
 
 def is_sharded(state_dict: Mapping[str, Any]) -> bool:
     """Tell whether a state dict holds each rank's own parts."""
-    return any(isinstance(tensor, DTensor) for tensor in state_dict.values())
+    return any(isinstance(tensor, DTensor | ShardedTensor) for tensor in state_dict.values())
 
 
-def own_part(tensor: Tensor) -> Tensor:
+def holder_of(tensor: Tensor | Shards) -> Tensor:
+    """Return the parameter or buffer itself, as the optimizer knows it."""
+    return tensor.parameter if isinstance(tensor, Shards) else tensor
+
+
+def own_part(tensor: Tensor | Shards) -> Tensor:
     """Return the part of a tensor that this rank owns: a view, which may be all of it."""
+    if isinstance(tensor, Shards):
+        return tensor.own
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
-def as_sharded(part: Tensor, like: Tensor) -> Tensor:
-    """Return the tensor of which each rank has a part, laid out as another; a view of the part."""
-    if not isinstance(like, DTensor):
-        return part
-    # Without shape and stride, ranks with uneven parts would disagree about both.
-    return DTensor.from_local(part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
+def as_sharded(part: Tensor, like: Tensor | Shards) -> Tensor:
+    """Return the tensor of which each rank has a part, spread as another; a view of the part."""
+    return like.as_sharded(part) if isinstance(like, Shards) else part
 
 
-def whole(part: Tensor, like: Tensor) -> Tensor | None:
+def whole(part: Tensor, like: Tensor | Shards) -> Tensor | None:
     """Gather the whole tensor from the parts of all ranks, which must all call this; the rank that writes gets it, on the CPU."""
-    sharded = as_sharded(part, like)
-    if not isinstance(sharded, DTensor):
+    if not isinstance(like, Shards):
         return part
-    gathered = sharded.full_tensor()
-    return gathered.cpu() if torch.distributed.get_rank() == 0 else None
+    gathered = like.whole(part)
+    return gathered.cpu() if distributed.get_rank() == 0 else None
 
 
-def part_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return this rank's part of a whole tensor, laid out as another; no rank needs to wait for others."""
-    if not isinstance(like, DTensor):
+def cut(tensor: Tensor, like: Tensor | Shards) -> Tensor:
+    """Return this rank's part of a whole tensor, spread as another; no rank needs to wait for others."""
+    if not isinstance(like, Shards):
         return tensor
-    shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
     with torch.no_grad():
-        return tensor[tuple(slice(begin, begin + size) for begin, size in zip(offset, shape, strict=True))]
+        return like.cut(tensor)
 
 
-def load_parts(path: str, likes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def load_parts(path: str, likes: Mapping[str, Tensor | Shards], dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
     """Read this rank's parts of tensors from a sharded checkpoint.
 
     Args:
         path: The checkpoint's folder.
-        likes: Names under ``state_dict`` in the checkpoint, each with a tensor of the layout, dtype and device to read it into; its
-            values are not used.
+        likes: Names in the checkpoint's state dict, each with what it is spread like; its values are not used.
+        dtypes: The dtype of each.
 
     Returns:
         The parts by name.
     """
-    parts = {name: torch.empty_like(own_part(like)) for name, like in likes.items()}
-    load({"state_dict": {name: as_sharded(part, likes[name]) for name, part in parts.items()}}, checkpoint_id=path)
+    parts = {name: torch.empty_like(own_part(like), dtype=dtypes[name]) for name, like in likes.items()}
+    stored = FileSystemReader(path).read_metadata().state_dict_metadata
+    root = "state_dict" if any(key.startswith("state_dict.") for key in stored) else "model"  # FSDP2 and FSDP1 call it by other names
+    load({root: {name: as_sharded(part, likes[name]) for name, part in parts.items()}}, checkpoint_id=path)
     return parts

@@ -22,7 +22,7 @@ from lightning_tricks._core.lightning import (
     rank_zero_warn,
 )
 from lightning_tricks._core.selection import select_parameters
-from lightning_tricks._core.strategies import refuse_strategies
+from lightning_tricks._core.strategies import refuse_strategies, return_to_shards
 from lightning_tricks._core.surgery import Patches
 from lightning_tricks._core.swapping import SwappingTrick
 from lightning_tricks.averaging._averages import Averages
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 __all__ = ["WeightAverage"]
 
 _UNSUPPORTED = {
-    "FSDPStrategy": "FSDP1 keeps parameters in flat tensors, which averages do not follow yet; FSDP2 (ModelParallelStrategy) works",
     "DeepSpeedStrategy": "the engine keeps and shards its own copies of the parameters, which averages do not follow yet",
 }
 
@@ -179,6 +178,7 @@ class WeightAverage(SwappingTrick):
             raise TrickError(msg)
 
     def _select(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        return_to_shards(module)
         return select_parameters(module, self.where, self.exclude, trick=repr(self))
 
     # During a fit
@@ -317,7 +317,7 @@ class WeightAverage(SwappingTrick):
         averages = self._averages
         if averages is None or averages.module is not pl_module:
             return
-        if self.evaluation_owner:
+        if self.evaluation_owner and not averages.cut_in_runs:
             checkpoint["state_dict"] = averages.replaced(checkpoint["state_dict"], averages.averaged())
         entry = pack(averages, checkpoint, self.state_key, deployed=self.evaluation_owner)
         write_entry(checkpoint, self.state_key, repr(self), {**entry, "ended_epoch": self._cadence.ended_epoch})
@@ -347,8 +347,13 @@ class WeightAverage(SwappingTrick):
 
     def _deploying(self, trainer: Trainer, state_dict: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
         def deployed() -> dict[str, Any]:
-            averages, state = self._averages, state_dict()
-            return averages.replaced(state, averages.averaged()) if averages is not None and self._acts_on(trainer) else state
+            averages = self._averages
+            if averages is None or not self._acts_on(trainer):
+                return state_dict()
+            if averages.cut_in_runs:  # the strategy alone can put wholes together
+                with averages.holding(average=True):
+                    return state_dict()
+            return averages.replaced(state_dict(), averages.averaged())
 
         return deployed
 

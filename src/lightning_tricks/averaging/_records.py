@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_tricks._core.checkpoint import check_tensors, other_entries
-from lightning_tricks._core.strategies import is_sharded, load_parts, part_of, return_to_shards
-from lightning_tricks._core.weights import named_tensors
+from lightning_tricks._core.strategies import cut, is_sharded, load_parts, named_tensors, return_to_shards
 from lightning_tricks.averaging._averages import Averages
 from lightning_tricks.averaging._roster import place_of
 from lightning_tricks.averaging._tracks import Storage, Track
@@ -45,7 +44,7 @@ def pack(averages: Averages, checkpoint: dict[str, Any], state_key: str, *, depl
     held = {
         name
         for name, average in averaged.items()
-        if deployed and average.dtype == places[name].tensor.dtype and (places[name].sharded is not None or name in state_dict)
+        if deployed and average.dtype == places[name].tensor.dtype and (places[name].shards is not None or name in state_dict)
     }
     tensors = {
         "raw": averages.laid_out(averages.raw() if deployed else {}, sharded=sharded),
@@ -92,6 +91,7 @@ def unpack(
     return_to_shards(averages.module)
     try:
         _check_counts(entry)
+        own = named_tensors(averages.module)
         raw, average = (_read(entry, group, averages.module, path, state_key) for group in ("raw", "average"))
         tracks = [
             Track(tuple(record["optimizers"]), averages.storage, **{count: record[count] for count in _COUNTS})
@@ -102,7 +102,7 @@ def unpack(
                 if name not in average:
                     # The model has it, unless it was not loaded there.
                     _ = raw[name], checkpoint.get("state_dict", raw)[name]
-                track.follow(name, place_of(averages.module, name, record["buffers"]), average.get(name))
+                track.follow(name, place_of(averages.module, name, own[name], record["buffers"]), average.get(name))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         msg = (
             f"The checkpoint's entry for {state_key} is incomplete or damaged ({type(error).__name__}: {error}). Nothing of it was loaded. "
@@ -137,10 +137,11 @@ def _read(entry: Mapping[str, Any], group: str, module: nn.Module, path: str | P
     own = named_tensors(module)
     stored, dtypes = dict(entry[group]), entry["sharded"][group]
     check_tensors(module, stored, state_key)
-    likes = {_sharded_name(state_key, group, name): own[name].detach().to(getattr(torch, dtype)) for name, dtype in dtypes.items()}
-    parts = load_parts(str(path), likes) if likes else {}
+    likes = {_sharded_name(state_key, group, name): own[name] for name in dtypes}
+    wanted = {_sharded_name(state_key, group, name): getattr(torch, dtype) for name, dtype in dtypes.items()}
+    parts = load_parts(str(path), likes, wanted) if likes else {}
     return {
-        **{name: part_of(tensor, own[name]) for name, tensor in stored.items()},
+        **{name: cut(tensor, own[name]) for name, tensor in stored.items()},
         **{name: parts[_sharded_name(state_key, group, name)] for name in dtypes},
     }
 
