@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import lightning.fabric.strategies.fsdp as fabric
 import lightning.pytorch.strategies.fsdp as pytorch
 import torch
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
 from torch.distributed.fsdp import FullOptimStateDictConfig, FullStateDictConfig, FullyShardedDataParallel, StateDictType
 
 
@@ -36,3 +37,19 @@ def _full_states(module: torch.nn.Module, world_size: int, *, rank0_only: bool =
         FullStateDictConfig(offload_to_cpu=False, rank0_only=rank0_only),
         FullOptimStateDictConfig(offload_to_cpu=False, rank0_only=rank0_only),
     )
+
+
+class CPUDeepSpeedStrategy(DeepSpeedStrategy):
+    """DeepSpeed, which Lightning allows on CUDA only; ``DS_ACCELERATOR=cpu`` must be in the environment before it is imported."""
+
+    def setup_environment(self):
+        DDPStrategy.setup_environment(self)
+
+    def setup_distributed(self):
+        import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # which needs a compiler
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    @property
+    def root_device(self):
+        return torch.device("cpu", 0)

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, distributed
 from torch.distributed._shard.metadata import ShardMetadata
-from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata, TensorProperties
+from torch.distributed._shard.sharded_tensor.shard import Shard
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -104,7 +105,7 @@ class Runs(Shards):
         padded[: part.numel()] = part
         everyone = part.new_empty(len(self.runs) * longest)
         distributed.all_gather_into_tensor(everyone, padded, group=self.group)
-        pieces = (piece[: stop - start] for piece, (start, stop) in zip(everyone.split(longest), self.runs, strict=True))
+        pieces = (piece[: stop - start] for piece, (start, stop) in zip(torch.split(everyone, longest), self.runs, strict=True))
         return torch.cat(list(pieces)).view(self.shape)
 
     def cut(self, whole: Tensor) -> Tensor:
@@ -145,9 +146,9 @@ class FlatShards(Runs):
     @property
     def own(self) -> Tensor:
         # Where a parameter is whole at present, its shard is kept here.
-        flat = getattr(self._flat, "_local_shard", self._flat)
+        flat: Tensor = getattr(self._flat, "_local_shard", self._flat).detach()
         info = self._flat._shard_param_infos[self._index]
-        return flat.detach()[info.offset_in_shard : info.offset_in_shard + info.numel_in_shard] if info.in_shard else flat.detach()[:0]
+        return flat[info.offset_in_shard : info.offset_in_shard + info.numel_in_shard] if info.in_shard else flat[:0]
 
     @property
     def version(self) -> int:
@@ -177,7 +178,7 @@ def find_shards(model: nn.Module) -> dict[int, Shards]:
     for module in model.modules():
         handle = module._handle if isinstance(module, FullyShardedDataParallel) else None
         if handle is not None and handle.uses_sharded_strategy:
-            shards |= {id(parameter): FlatShards(handle, i) for i, parameter in enumerate(handle.flat_param._params)}
+            shards |= {id(parameter): FlatShards(handle, i) for i, parameter in enumerate(handle.flat_param._params or ())}
     for parameter in model.parameters():
         if isinstance(parameter, DTensor):
             shards[id(parameter)] = TensorShards(parameter)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed._shard.sharded_tensor import ShardedTensor
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.fsdp._runtime_utils import _reshard
@@ -18,33 +19,42 @@ from lightning_tricks._core.shards import Shards, find_shards
 from lightning_tricks.errors import UnsupportedStrategyError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
+
+    from torch.optim import Optimizer
 
     from lightning_tricks._core.lightning import Trainer
 
 __all__ = [
     "as_sharded",
     "cut",
+    "engine_of",
     "holder_of",
     "is_sharded",
     "load_parts",
+    "moved_by",
     "named_tensors",
     "own_part",
     "owner_of",
     "plain_name",
     "refuse_strategies",
+    "refuse_unreachable_parameters",
     "return_to_shards",
     "stored_tensors",
+    "through_wrapper",
     "whole",
 ]
 
 _WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
+def _is_a(trainer: Trainer, strategy: str) -> bool:
+    """Tell a strategy by the names in its ancestry, since Lightning exists under two package names."""
+    return any(kind.__name__ == strategy for kind in type(trainer.strategy).__mro__)
+
+
 def refuse_strategies(trainer: Trainer, trick: str, reasons: dict[str, str]) -> None:
     """Refuse strategies under which a trick cannot work.
-
-    A strategy is known by the names in its ancestry, since Lightning exists under two package names.
 
     Args:
         trainer: The Trainer.
@@ -54,10 +64,27 @@ def refuse_strategies(trainer: Trainer, trick: str, reasons: dict[str, str]) -> 
     Raises:
         UnsupportedStrategyError: If the Trainer's strategy is one of them.
     """
-    for kind in type(trainer.strategy).__mro__:
-        if kind.__name__ in reasons:
-            msg = f"{trick} cannot work under {kind.__name__}: {reasons[kind.__name__]}. Use another strategy, or remove the callback."
+    for strategy, reason in reasons.items():
+        if _is_a(trainer, strategy):
+            msg = f"{trick} cannot work under {strategy}: {reason}. Use another strategy, or remove the callback."
             raise UnsupportedStrategyError(msg)
+
+
+def refuse_unreachable_parameters(trainer: Trainer, trick: str) -> None:
+    """Refuse settings of a strategy under which no rank can read and write its part of each parameter.
+
+    Raises:
+        UnsupportedStrategyError: If the Trainer's strategy has one of them.
+    """
+    strategy: Any = trainer.strategy
+    if _is_a(trainer, "FSDPStrategy") and not strategy.kwargs.get("use_orig_params"):
+        msg = f"{trick} follows parameters, and FSDPStrategy(use_orig_params=False) melts them into flat ones. Pass `use_orig_params=True`."
+        raise UnsupportedStrategyError(msg)
+    config = strategy.config if _is_a(trainer, "DeepSpeedStrategy") else None
+    offloaded = ((config or {}).get("zero_optimization") or {}).get("offload_param") or {}
+    if offloaded.get("device") == "nvme":
+        msg = f"{trick} follows parameters, and DeepSpeed keeps them on NVMe here, out of reach. Offload them to the CPU, or not at all."
+        raise UnsupportedStrategyError(msg)
 
 
 def return_to_shards(module: nn.Module) -> None:
@@ -69,11 +96,36 @@ def return_to_shards(module: nn.Module) -> None:
     for child in wrapped(module).modules():
         if isinstance(child, FSDPModule):
             child.reshard()
-        elif isinstance(child, FullyShardedDataParallel) and hasattr(getattr(child._handle, "flat_param", None), "_local_shard"):
-            _reshard(child, child._handle, free_unsharded_flat_param=child._handle.uses_sharded_strategy)
+        elif isinstance(child, FullyShardedDataParallel):
+            handle = child._handle
+            if handle is not None and hasattr(handle.flat_param, "_local_shard"):  # from the first forward pass on
+                _reshard(child, handle, free_unsharded_flat_param=handle.uses_sharded_strategy)
     for parameter in module.parameters():
         if hasattr(parameter, "ds_status") and parameter.ds_status.name == "AVAILABLE":
             parameter.partition()  # type: ignore[attr-defined]
+
+
+def engine_of(trainer: Trainer) -> Any | None:
+    """Return DeepSpeed's engine, which steps in the optimizer's place and writes checkpoints of its own."""
+    model = trainer.strategy.model
+    return model if _is_a(trainer, "DeepSpeedStrategy") and model is not trainer.lightning_module else None
+
+
+def through_wrapper(trainer: Trainer, method: str) -> Callable[..., Any]:
+    """Return a method of the module that may call its layers, within the forward pass of the wrapper where that gathers weights."""
+    strategy: Any = trainer.strategy
+    module = trainer.lightning_module
+    if engine_of(trainer) is None and not isinstance(strategy.model, FullyShardedDataParallel):
+        call: Callable[..., Any] = getattr(module, method)
+        return call
+    return partial(strategy._forward_redirection, strategy.model, module, method)
+
+
+def moved_by(optimizer: Optimizer) -> set[int]:
+    """Return the identities of the parameters that an optimizer moves; DeepSpeed's keep copies of them in their groups."""
+    own = (group["params"] for group in optimizer.param_groups)
+    copied = (group for name in ("bit16_groups", "fp16_groups") for group in getattr(optimizer, name, ()))
+    return {id(parameter) for group in (*own, *copied) for parameter in group}
 
 
 def plain_name(name: str) -> str:

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from lightning_tricks._core.shards import Runs
-from lightning_tricks._core.strategies import as_sharded, holder_of, is_sharded, named_tensors, own_part, return_to_shards, stored_tensors, whole
+from lightning_tricks._core.strategies import (
+    as_sharded,
+    holder_of,
+    is_sharded,
+    named_tensors,
+    own_part,
+    return_to_shards,
+    stored_tensors,
+    whole,
+)
 from lightning_tricks._core.weights import copy_, memory
 
 if TYPE_CHECKING:
@@ -53,7 +62,7 @@ class Averages:
     @property
     def cut_in_runs(self) -> bool:
         """Whether the strategy spreads parameters as no tensor can be."""
-        return any(isinstance(place.shards, Runs) for track in self.tracks for place in track.places.values())
+        return any(isinstance(tensor, Runs) for tensor in named_tensors(self.module).values())
 
     @property
     def untouched(self) -> bool:
@@ -126,8 +135,8 @@ class Averages:
         if self.cut_in_runs:
             held = {id(place.holder): parts[name] for track in self.tracks for name, place in track.places.items() if name in parts}
             stored = stored_tensors(self.module)
-            state = {name: whole(held.get(id(holder_of(tensor)), own_part(tensor)), tensor) for name, tensor in stored.items()}
-            state = state if torch.distributed.get_rank() == 0 else {}
+            wholes = {name: whole(held.get(id(holder_of(tensor)), own_part(tensor)), tensor) for name, tensor in stored.items()}
+            state: dict[str, Any] = dict(wholes) if torch.distributed.get_rank() == 0 else {}
         else:
             state = self.replaced(self.module.state_dict(), parts)
         return {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}

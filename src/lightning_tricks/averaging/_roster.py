@@ -9,7 +9,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_tricks._core.selection import matches
 from lightning_tricks._core.shards import Shards
-from lightning_tricks._core.strategies import named_tensors, own_part, owner_of, plain_name, return_to_shards
+from lightning_tricks._core.strategies import moved_by, named_tensors, own_part, owner_of, plain_name, return_to_shards
 from lightning_tricks._core.weights import memory
 from lightning_tricks.averaging._tracks import Place, Storage, Track
 from lightning_tricks.errors import TrickError
@@ -86,7 +86,7 @@ class Roster:
         self._frozen = [tensor for tensor in tensors if not tensor.requires_grad]
 
     def _look_up_moved(self) -> None:
-        self._moved = [{id(p) for group in optimizer.param_groups for p in group["params"]} for optimizer in self._optimizers]
+        self._moved = [moved_by(optimizer) for optimizer in self._optimizers]
 
     def _track_of(self, place: Place, source: Track | None) -> Track:
         key = tuple(i for i, moved in enumerate(self._moved) if id(place.holder) in moved) or (0,)
