@@ -43,6 +43,7 @@ __all__ = [
     "stored_tensors",
     "through_wrapper",
     "whole",
+    "writes_own_files",
 ]
 
 _WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -105,8 +106,13 @@ def return_to_shards(module: nn.Module) -> None:
             parameter.partition()  # type: ignore[attr-defined]
 
 
+def writes_own_files(trainer: Trainer) -> bool:
+    """Tell whether the strategy writes the weights itself, each rank its own, as DeepSpeed does, rather than the checkpoint it is given."""
+    return _is_a(trainer, "DeepSpeedStrategy")
+
+
 def engine_of(trainer: Trainer) -> Any | None:
-    """Return DeepSpeed's engine, which steps in the optimizer's place and writes checkpoints of its own."""
+    """Return DeepSpeed's engine, which steps in the optimizer's place."""
     model = trainer.strategy.model
     return model if _is_a(trainer, "DeepSpeedStrategy") and model is not trainer.lightning_module else None
 

@@ -22,7 +22,7 @@ from lightning_tricks._core.lightning import (
     rank_zero_warn,
 )
 from lightning_tricks._core.selection import select_parameters
-from lightning_tricks._core.strategies import engine_of, moved_by, refuse_unreachable_parameters, return_to_shards
+from lightning_tricks._core.strategies import engine_of, moved_by, refuse_unreachable_parameters, return_to_shards, writes_own_files
 from lightning_tricks._core.surgery import Patches
 from lightning_tricks._core.swapping import SwappingTrick
 from lightning_tricks.averaging._averages import Averages
@@ -146,7 +146,8 @@ class WeightAverage(SwappingTrick):
             if self.evaluation_owner:
                 self._patches.wrap(trainer.strategy, "lightning_module_state_dict", partial(self._deploying, trainer))
         self._lasting.undo()
-        self._lasting.wrap(trainer.strategy, "save_checkpoint", partial(self._saving, trainer))
+        if writes_own_files(trainer):
+            self._lasting.wrap(trainer.strategy, "save_checkpoint", partial(self._saving, trainer))
         if self.evaluate == "both" and stage in {"fit", "validate"}:
             loop = trainer.fit_loop.epoch_loop.val_loop if stage == "fit" else trainer.validate_loop
             self._patches.wrap(loop, "run", lambda run: partial(self._run_twice, trainer, loop, run))
@@ -317,7 +318,7 @@ class WeightAverage(SwappingTrick):
         averages = self._averages
         if averages is None or averages.module is not pl_module:
             return
-        own_files = engine_of(trainer) is not None
+        own_files = writes_own_files(trainer)
         deployed = self.evaluation_owner and not own_files
         if deployed and not averages.cut_in_runs:
             checkpoint["state_dict"] = averages.replaced(checkpoint["state_dict"], averages.averaged())
@@ -364,7 +365,7 @@ class WeightAverage(SwappingTrick):
         """Let DeepSpeed, which writes the weights itself and starts from those when it resumes, write the raw ones."""
 
         def saved(*arguments: Any, **options: Any) -> None:
-            if self._averages is None or engine_of(trainer) is None or not self._acts_on(trainer):
+            if self._averages is None or not self._acts_on(trainer):
                 save(*arguments, **options)
                 return
             with self._averages.holding(average=False):
