@@ -4,12 +4,14 @@ from importlib.metadata import version
 
 from lightning_tricks import errors, functional
 from lightning_tricks.averaging._ema import EMA
+from lightning_tricks.averaging._latest_weight_averaging import LatestWeightAveraging
 from lightning_tricks.averaging._polyak_averaging import PolyakAveraging
 from lightning_tricks.normalization._batch_norm_refresh import BatchNormRefresh
 
 __all__ = [
     "EMA",
     "BatchNormRefresh",
+    "LatestWeightAveraging",
     "PolyakAveraging",
     "errors",
     "functional",

@@ -20,6 +20,7 @@ trainer = L.Trainer(
     ]
 )
 lt.PolyakAveraging(start="50%", stop=1000, every="1 epoch")
+lt.LatestWeightAveraging(6, every="500 steps", start="1 epoch", device="cpu", evaluate="both")
 ema = lt.EMA(decay=0.9)
 raw: dict[str, torch.Tensor] = ema.raw_state_dict()
 average: Mapping[str, torch.Tensor] = ema.averaged_state_dict()
@@ -43,3 +44,4 @@ lt.EMA(buffers="sync")  # type: ignore[arg-type]
 lt.EMA(0.9, 5)  # type: ignore[call-arg]
 lt.EMA(momentum=0.9)  # type: ignore[call-arg]
 lt.BatchNormRefresh("some")  # type: ignore[arg-type]
+lt.LatestWeightAveraging(5, "1 epoch")  # type: ignore[call-arg]

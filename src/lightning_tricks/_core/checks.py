@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import TypeVar
 
 import torch
@@ -11,7 +11,16 @@ from torch import Tensor
 
 from lightning_tricks.errors import ArgumentError
 
-__all__ = ["check_choice", "check_device", "check_in_unit_interval", "check_name", "check_patterns", "check_precise_dtype", "check_tensors"]
+__all__ = [
+    "check_choice",
+    "check_count",
+    "check_device",
+    "check_in_unit_interval",
+    "check_name",
+    "check_patterns",
+    "check_precise_dtype",
+    "check_tensors",
+]
 
 _T = TypeVar("_T")
 
@@ -22,6 +31,14 @@ def check_in_unit_interval(name: str, value: float) -> float:
         msg = f"`{name}` must lie in [0, 1], got {value!r}."
         raise ArgumentError(msg)
     return float(value)
+
+
+def check_count(name: str, value: int) -> int:
+    """Accept a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        msg = f"`{name}` must be a whole number of at least 1, got {value!r}."
+        raise ArgumentError(msg)
+    return int(value)
 
 
 def check_choice(name: str, value: _T, choices: Sequence[_T]) -> _T:
