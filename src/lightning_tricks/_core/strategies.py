@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from lightning_tricks._core.lightning import Trainer
 
-__all__ = ["as_sharded", "is_sharded", "load_parts", "own_part", "part_of", "refuse_strategies", "return_to_shards", "whole"]
+__all__ = ["as_sharded", "is_sharded", "load_parts", "own_part", "part_of", "refuse_strategies", "region_of", "return_to_shards", "whole"]
 
 
 def refuse_strategies(trainer: Trainer, trick: str, reasons: dict[str, str]) -> None:
@@ -101,3 +101,18 @@ def load_parts(path: str, likes: Mapping[str, Tensor]) -> dict[str, Tensor]:
     parts = {name: torch.empty_like(own_part(like)) for name, like in likes.items()}
     load({"state_dict": {name: as_sharded(part, likes[name]) for name, part in parts.items()}}, checkpoint_id=path)
     return parts
+
+
+def region_of(like: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], int] | None:
+    """Return where in the contiguous whole this rank's part lies, as the arguments of `as_strided`.
+
+    None where the part is empty, or another rank has the same.
+    """
+    part = part_of(torch.empty(like.shape, device="meta"), like)
+    if isinstance(like, DTensor):
+        coordinate = like.device_mesh.get_coordinate() or ()
+        copy = any(place > 0 and placement.is_replicate() for place, placement in zip(coordinate, like.placements, strict=True))
+    else:
+        copy = torch.distributed.is_initialized() and torch.distributed.get_rank() > 0
+    empty = like.numel() > 0 and part.numel() == 0
+    return None if copy or empty else (tuple(part.shape), part.stride(), int(part.storage_offset()))
