@@ -76,9 +76,9 @@ class PostHocEMA(WeightAverage):
         follows the steps of its own, and snapshots those of the first.
 
         Each snapshot takes as much room on disk as one copy of the weights for each width; a frozen parameter is stored once. Under
-        FSDP and ZeRO-3 each rank writes the shards it owns. A checkpoint holds the running averages and says which snapshots belong to it: a
-        run resumed from an earlier one does not use those that came later. Weights, checkpoints, resuming and DDP are otherwise as
-        in `EMA`.
+        FSDP and ZeRO-3 each rank writes the shards it owns. A checkpoint holds the running averages and says which snapshots belong
+        to it: a run resumed from an earlier one does not use those that came later. Weights, checkpoints, resuming and DDP are
+        otherwise as in `EMA`.
 
     References:
         T. Karras, M. Aittala, J. Lehtinen, J. Hellsten, T. Aila and S. Laine, "Analyzing and Improving the Training Dynamics of Diffusion
