@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import TypeVar
@@ -11,7 +12,16 @@ from torch import Tensor
 
 from lightning_tricks.errors import ArgumentError
 
-__all__ = ["check_choice", "check_device", "check_in_unit_interval", "check_name", "check_patterns", "check_precise_dtype", "check_tensors"]
+__all__ = [
+    "check_choice",
+    "check_device",
+    "check_in_unit_interval",
+    "check_name",
+    "check_number",
+    "check_patterns",
+    "check_precise_dtype",
+    "check_tensors",
+]
 
 _T = TypeVar("_T")
 
@@ -20,6 +30,15 @@ def check_in_unit_interval(name: str, value: float) -> float:
     """Accept a number in [0, 1]."""
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
         msg = f"`{name}` must lie in [0, 1], got {value!r}."
+        raise ArgumentError(msg)
+    return float(value)
+
+
+def check_number(name: str, value: float, *, least: float = -math.inf) -> float:
+    """Accept a finite number, not below the least one that makes sense."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value < least:
+        bound = "" if math.isinf(least) else f" of at least {least:g}"
+        msg = f"`{name}` must be a finite number{bound}, got {value!r}."
         raise ArgumentError(msg)
     return float(value)
 
