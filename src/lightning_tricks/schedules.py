@@ -8,7 +8,7 @@ from dataclasses import KW_ONLY, dataclass
 
 from typing_extensions import override
 
-from lightning_tricks._core.checks import check_number
+from lightning_tricks._core.checks import check_in_interval
 from lightning_tricks._core.clock import Duration, plain_duration
 from lightning_tricks._core.schedule import Schedule
 
@@ -36,7 +36,7 @@ class Constant(Schedule):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._set("level", check_number("level", self.level))
+        self._set("level", float(check_in_interval("level", self.level, "(-∞, ∞)")))
 
     @override
     def _after_warmup(self, step: int, spans: Mapping[str, float]) -> float:
@@ -56,7 +56,7 @@ class _Descent(Schedule):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("initial", "final"):
-            self._set(name, check_number(name, getattr(self, name)))
+            self._set(name, float(check_in_interval(name, getattr(self, name), "(-∞, ∞)")))
         self._set("stop", plain_duration(self.stop))
 
     @override

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import TypeVar
@@ -13,11 +12,12 @@ from torch import Tensor
 from lightning_tricks.errors import ArgumentError
 
 __all__ = [
+    "check_bool",
     "check_choice",
     "check_device",
+    "check_in_interval",
     "check_in_unit_interval",
     "check_name",
-    "check_number",
     "check_patterns",
     "check_precise_dtype",
     "check_tensors",
@@ -34,13 +34,20 @@ def check_in_unit_interval(name: str, value: float) -> float:
     return float(value)
 
 
-def check_number(name: str, value: float, *, least: float = -math.inf) -> float:
-    """Accept a finite number, not below the least one that makes sense."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value < least:
-        bound = "" if math.isinf(least) else f" of at least {least:g}"
-        msg = f"`{name}` must be a finite number{bound}, got {value!r}."
+def check_in_interval(name: str, value: float, interval: str) -> float:
+    """Accept a number in an interval written as in print: ``"[0, 1)"``, ``"(0, ∞)"``; infinity itself lies in none."""
+    low, high = (float(bound.strip().replace("∞", "inf")) for bound in interval[1:-1].split(","))
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    above = real and (low <= value if interval[0] == "[" else low < value)
+    if not above or not (value <= high if interval[-1] == "]" else value < high):
+        msg = f"`{name}` must lie in {interval}, got {value!r}."
         raise ArgumentError(msg)
-    return float(value)
+    return value
+
+
+def check_bool(name: str, value: bool) -> bool:
+    """Accept True or False, and no number in their place."""
+    return check_choice(name, value, (True, False))
 
 
 def check_choice(name: str, value: _T, choices: Sequence[_T]) -> _T:
