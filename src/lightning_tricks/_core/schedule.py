@@ -109,9 +109,13 @@ class Schedule(ABC):
 
         return value
 
-    def _scheduler(self, optimizer: Optimizer, length: FitLength) -> StepScheduler:
+    def _over_fit(self, trainer: Trainer) -> Callable[[int], float]:
+        """Return the value as a function of the step, for the Trainer's fit."""
+        return self._over(FitLength.of(trainer, self._durations().values()))
+
+    def _scheduler(self, optimizer: Optimizer, trainer: Trainer) -> StepScheduler:
         """Return the scheduler of torch that applies this schedule to learning rates."""
-        return CurveScheduler(optimizer, self._over(length))
+        return CurveScheduler(optimizer, self._over_fit(trainer))
 
     def _check(self, name: str, interval: str) -> None:
         """Accept a number in an interval."""
@@ -159,6 +163,6 @@ def follow(value: float | Schedule, trainer: Trainer) -> Callable[[int], float]:
         TrickError: If the fit's length is needed and unknown.
     """
     if isinstance(value, Schedule):
-        return value._over(FitLength.of(trainer, value._durations().values()))
+        return value._over_fit(trainer)
     constant = float(value)
     return lambda _: constant
