@@ -224,7 +224,8 @@ def check_fsdp2_equals_ddp(case: Case, folder: Path) -> None:
         for name, value in one.items():
             torch.testing.assert_close(value, other[name], msg=name)
     evaluated = {**whole(module), **statistics(module)}
-    assert any(not torch.equal(value, {**trained.weights, **trained.statistics}[name]) for name, value in evaluated.items())
+    if "lends" not in case.skips:
+        assert any(not torch.equal(value, {**trained.weights, **trained.statistics}[name]) for name, value in evaluated.items())
     if "pooled" not in case.skips:
         assert_equal(*gathered(statistics(module)))
         for name, value in statistics(module).items():
@@ -277,6 +278,8 @@ def check_fsdp2_exception_returns_training_weights(case: Case, folder: Path) -> 
 
 def check_unsupported_strategies_are_refused(case: Case, folder: Path) -> None:
     """What cannot work is refused in `setup`, saying why."""
+    if "refused" in case.skips:
+        return
 
     class OnCPU(FSDPStrategy):
         """Lightning refuses the exact class on the CPU."""
