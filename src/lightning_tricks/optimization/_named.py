@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import KW_ONLY, dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from inspect import Parameter, isabstract, signature
@@ -42,7 +42,7 @@ def _timm_names() -> list[str]:
 
 def _pytorch_optimizer_names() -> list[str]:
     package = _module("pytorch_optimizer")
-    return [name for name in package.get_supported_optimizers() if _takes_groups(package.load_optimizer(name))]
+    return [name for name in package.get_supported_optimizers() if "params" in signature(package.load_optimizer(name)).parameters]
 
 
 SOURCES: Final[Mapping[str, Callable[[], list[str]]]] = {
@@ -62,11 +62,6 @@ def _module(source: str) -> Any:
     return found
 
 
-def _takes_groups(kind: Callable[..., Any]) -> bool:
-    """Tell whether an optimizer is built from groups of parameters, rather than from a model or from another optimizer."""
-    return "params" in signature(kind).parameters
-
-
 @cache
 def _resolve(name: str) -> Callable[..., Any]:
     """Return the class of that name, with what the package presets for the name."""
@@ -77,17 +72,24 @@ def _resolve(name: str) -> Callable[..., Any]:
     source = source.replace("-", "_")
     names = {each.lower(): each for each in SOURCES[source]()}
     if short.lower() not in names:
-        msg = f"`name` must be one of the {len(names)} optimizers of {source}, got {name!r}. {suggest(short.lower(), list(names))}"
+        hint = suggest(short.lower(), names)
+        msg = f"`name` must be one of the {len(names)} optimizers that {source} builds from groups, got {name!r}. {hint}"
         raise ArgumentError(msg)
     known = names[short.lower()]
     if source == "torch":
         return cast("Callable[..., Any]", getattr(torch.optim, known))
     try:
-        found = _module("timm").get_optimizer_class(known) if source == "timm" else _module(source).load_optimizer(known)
+        return _timm_optimizer(known) if source == "timm" else cast("Callable[..., Any]", _module(source).load_optimizer(known))
     except (AssertionError, ImportError) as error:
         msg = f"{name!r} needs what is not here: {error}."
         raise MissingPackageError(msg) from error
-    return cast("Callable[..., Any]", found)
+
+
+def _timm_optimizer(name: str) -> Callable[..., Any]:
+    """Return the optimizer with what timm's own factory presets: the name's options, and a momentum of 0.9 where there is one."""
+    package = _module("timm")
+    found: Callable[..., Any] = package.get_optimizer_class(name)
+    return partial(found, momentum=0.9) if package.get_optimizer_info(name).has_momentum else found
 
 
 @dataclass(frozen=True, repr=False)
@@ -101,7 +103,8 @@ class Named(GroupedRecipe):
         options: Further arguments of the optimizer's constructor, by name.
 
     Every other argument is one of `GroupedRecipe`. In `overrides`, all arguments of the constructor may be set, and for the optimizers
-    of pytorch-optimizer that ask for it, ``use_muon``.
+    of pytorch-optimizer that ask for it in each group, ``use_muon``:
+    ``overrides={"*": {"use_muon": False}, "blocks.*.weight": {"use_muon": True}}``.
 
     Raises:
         ArgumentError: If there is no such optimizer, with those of similar names, or no such option.
@@ -136,9 +139,10 @@ class Named(GroupedRecipe):
                 hint = f"Give `{_ELSEWHERE[key]}` itself." if key in _ELSEWHERE else suggest(key, taken.keys() - _ELSEWHERE.keys())
                 msg = f"`options` must be arguments of {self.name!r}, got {key!r}. {hint}"
                 raise ArgumentError(msg)
-        missing = [key for key, value in taken.items() if value is Parameter.empty and key not in self.options]
+        given = {*self.options, *(key for key in ("lr", "weight_decay") if getattr(self, key) is not None)}
+        missing = [key for key, value in taken.items() if value is Parameter.empty and key not in given]
         if missing:
-            msg = f"`options` must give what {self.name!r} asks for, {', '.join(map(repr, missing))}, got {self.options!r}."
+            msg = f"{self.name!r} must be given {', '.join(f'`{key}`' for key in missing)}, got only {sorted(given)}."
             raise ArgumentError(msg)
         if self.layer_decay is not None and "lr" not in self.defaults:
             msg = f"`layer_decay` must be None for {self.name!r}, which has no `lr`, got {self.layer_decay!r}."
@@ -159,7 +163,7 @@ class Named(GroupedRecipe):
     def _taken(self) -> dict[str, Any]:
         """Return the arguments of the constructor with their defaults, but for the parameters."""
         return {
-            each.name: each.default
+            each.name: Parameter.empty if type(each.default).__name__ == "_RequiredParameter" else each.default
             for each in signature(_resolve(self.name)).parameters.values()
             if each.kind not in {Parameter.VAR_KEYWORD, Parameter.VAR_POSITIONAL} and each.name != "params"
         }

@@ -217,4 +217,5 @@ def suggest(word: str, known: Iterable[str]) -> str:
     """Say what a misspelt word may have meant, or else what there is."""
     listed = sorted(known)
     close = get_close_matches(word, listed, n=3)
-    return f"Did you mean {' or '.join(map(repr, close))}?" if close else f"There are {', '.join(map(repr, listed))}."
+    some = ", ".join(map(repr, listed[:12])) + (", …" if len(listed) > 12 else "")
+    return f"Did you mean {' or '.join(map(repr, close))}?" if close else f"There are {some}."
