@@ -8,11 +8,11 @@ from dataclasses import FrozenInstanceError, dataclass, fields
 
 import pytest
 import torch
-from reference import optimizers as reference
 from torch import nn
 
 from lightning_tricks import errors, optim
 from lightning_tricks.optim import *  # noqa: F403, as `repr` is evaluated
+from reference import optimizers as reference
 
 RECIPES = [
     optim.SGD(0.1, momentum=0.9, nesterov=True, weight_decay=5e-4),
@@ -119,14 +119,20 @@ def test_every_recipe_is_tested_and_listed():
         (lambda: optim.Adafactor(beta2_decay=0.1), "`beta2_decay` must lie in (-∞, 0], got 0.1."),
         (lambda: optim.Adafactor(eps=1e-3), "`eps` must be two numbers, of which the first may be None"),
         (lambda: optim.Adafactor(eps=(None, None)), "`eps[1]` must lie in [0, ∞), got None."),
-        (lambda: optim.AdamW(decayed=["matrices"]), "`decayed` must be one of 'matrix', 'embedding', 'norm', 'bias', 'other', got 'matrices'."),
+        (
+            lambda: optim.AdamW(decayed=["matrices"]),
+            "`decayed` must be one of 'matrix', 'embedding', 'norm', 'bias', 'other', got 'matrices'.",
+        ),
         (lambda: optim.AdamW(layer_decay=1.5), "`layer_decay` must lie in (0, 1], got 1.5."),
         (lambda: optim.AdamW(layers=["a"]), "`layers` is only used with `layer_decay`, got layers=['a']"),
         (lambda: optim.AdamW(layer_decay=0.5, layers=[]), "`layers` must be a glob over qualified names"),
         (lambda: optim.AdamW(overrides=["head"]), "`overrides` must map globs to options, such as {'head.*': {'lr': 0.01}}, got ['head']."),
         (lambda: optim.AdamW(overrides={"head": 0.1}), "`overrides` must map globs to options"),
         (lambda: optim.AdamW(overrides={"": {"lr": 0.1}}), "`overrides` must be a glob over qualified names"),
-        (lambda: optim.AdamW(overrides={"head": {"lrr": 0.1}}), "`overrides['head']` must set options of AdamW, got 'lrr'. Did you mean 'lr'?"),
+        (
+            lambda: optim.AdamW(overrides={"head": {"lrr": 0.1}}),
+            "`overrides['head']` must set options of AdamW, got 'lrr'. Did you mean 'lr'?",
+        ),
         (lambda: optim.AdamW(overrides={"head": {"lr": -1}}), "`overrides['head']`: `lr` must lie in [0, ∞), got -1."),
         (lambda: optim.AdamW(implementation="loop"), "`implementation` must be one of 'fused', 'foreach', 'for-loop', None, got 'loop'."),
         (lambda: optim.RMSprop(implementation="fused"), "`implementation` must be one of 'foreach', 'for-loop', None for this optimizer"),
@@ -152,7 +158,12 @@ def test_defaults_are_those_of_torch(kind):
 
 def test_lists_become_tuples():
     recipe = optim.AdamW(betas=[0.8, 0.9], decayed=["matrix"], layer_decay=0.5, layers=["0", "*"], overrides={"0": {"betas": [0.1, 0.2]}})
-    assert (recipe.betas, recipe.decayed, recipe.layers, recipe.overrides["0"]["betas"]) == ((0.8, 0.9), ("matrix",), ("0", "*"), (0.1, 0.2))
+    assert (recipe.betas, recipe.decayed, recipe.layers, recipe.overrides["0"]["betas"]) == (
+        (0.8, 0.9),
+        ("matrix",),
+        ("0", "*"),
+        (0.1, 0.2),
+    )
 
 
 # As optimizers

@@ -48,7 +48,7 @@ def check_in_interval(name: str, value: float, interval: str) -> float:
 
 def check_pair(name: str, value: Sequence[float], intervals: tuple[str, str]) -> tuple[float, float]:
     """Accept two numbers, each in its interval; a list, as YAML has it, becomes a tuple."""
-    if not isinstance(value, tuple | list) or len(value) != 2:
+    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2:
         msg = f"`{name}` must be two numbers, in {intervals[0]} and {intervals[1]}, got {value!r}."
         raise ArgumentError(msg)
     first, second = (

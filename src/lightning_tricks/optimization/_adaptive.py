@@ -8,7 +8,7 @@ N. Shazeer and M. Stern, "Adafactor: Adaptive Learning Rates with Sublinear Memo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar
 
@@ -191,7 +191,7 @@ class Adafactor(GroupedRecipe):
 
     @override
     def __post_init__(self) -> None:
-        if not isinstance(self.eps, tuple | list) or len(self.eps) != 2:
+        if isinstance(self.eps, str) or not isinstance(self.eps, Sequence) or len(self.eps) != 2:
             msg = f"`eps` must be two numbers, of which the first may be None, got {self.eps!r}."
             raise ArgumentError(msg)
         for i, each in enumerate(self.eps):

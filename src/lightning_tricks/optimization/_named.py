@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from copy import deepcopy
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cache, partial
 from importlib import import_module
@@ -18,7 +17,7 @@ from lightning_tricks._core.checks import check_in_interval
 from lightning_tricks._core.extras import require
 from lightning_tricks._core.lightning import override
 from lightning_tricks.errors import ArgumentError, MissingPackageError
-from lightning_tricks.optimization._recipe import GroupedRecipe, OptimizerRecipe, suggest
+from lightning_tricks.optimization._recipe import GroupedRecipe, OptimizerRecipe, plain, suggest
 
 __all__ = ["SOURCES", "Named", "list_recipes"]
 
@@ -147,7 +146,7 @@ class Named(GroupedRecipe):
         if self.layer_decay is not None and "lr" not in self.defaults:
             msg = f"`layer_decay` must be None for {self.name!r}, which has no `lr`, got {self.layer_decay!r}."
             raise ArgumentError(msg)
-        self._set("options", {key: tuple(value) if isinstance(value, list) else deepcopy(value) for key, value in self.options.items()})
+        self._set("options", plain(self.options))
 
     @override
     def _check_override(self, pattern: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import Any, ClassVar, Final, Literal
@@ -41,6 +40,10 @@ class OptimizerRecipe(ABC):
 
     source: ClassVar[str] = "lightning_tricks"
     """The package that the optimizer comes from."""
+
+    def __init_subclass__(cls) -> None:
+        """Let checkpoints that keep a recipe among a module's hyperparameters load under ``weights_only=True``."""
+        torch.serialization.add_safe_globals([cls])
 
     @abstractmethod
     def build(self, model: nn.Module) -> Optimizer:
@@ -120,7 +123,7 @@ class GroupedRecipe(OptimizerRecipe):
     """The interval of each number among the options, where it is not ``[0, ∞)``; two for a pair."""
 
     def __post_init__(self) -> None:
-        kinds = (self.decayed,) if isinstance(self.decayed, str) else tuple(self.decayed)
+        kinds = tuple(self.decayed) if isinstance(self.decayed, Sequence) and not isinstance(self.decayed, str) else (self.decayed,)
         for kind in kinds:
             check_choice("decayed", kind, KINDS)
         self._set("decayed", kinds)
@@ -161,8 +164,7 @@ class GroupedRecipe(OptimizerRecipe):
             msg = f"`overrides` must map globs to options, such as {{'head.*': {{'lr': 0.01}}}}, got {self.overrides!r}."
             raise ArgumentError(msg)
         check_patterns("overrides", tuple(self.overrides), empty=True)
-        checked = {pattern: self._check_override(pattern, options) for pattern, options in self.overrides.items()}
-        self._set("overrides", deepcopy(checked))  # which nobody else can change
+        self._set("overrides", {str(pattern): self._check_override(str(pattern), options) for pattern, options in self.overrides.items()})
 
     def _check_override(self, pattern: str, options: Mapping[str, Any]) -> dict[str, Any]:
         """Return options as a recipe of their own would hold them."""
@@ -211,6 +213,13 @@ class GroupedRecipe(OptimizerRecipe):
 
 
 _COMMON: Final = frozenset(each.name for each in fields(GroupedRecipe))
+
+
+def plain(value: Any) -> Any:
+    """Return containers of any kind, those of Hydra included, as dicts and tuples of one's own."""
+    if isinstance(value, Mapping):
+        return {key: plain(each) for key, each in value.items()}
+    return tuple(map(plain, value)) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
