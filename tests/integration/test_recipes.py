@@ -83,7 +83,7 @@ def test_muon_stops_and_resumes_to_the_bit(tmp_path):
     whole = fit([ModelCheckpoint(tmp_path, every_n_train_steps=8, filename="half")], Deep)
     saved = torch.load(tmp_path / "half.ckpt", weights_only=True)
     assert saved["hyper_parameters"]["recipe"] == whole.module.recipe
-    resumed = fit([ModelCheckpoint(tmp_path / "again", every_n_train_steps=8)], Deep, ckpt_path=tmp_path / "half.ckpt", seed=99)
+    resumed = fit([ModelCheckpoint(tmp_path, every_n_train_steps=8, filename="half")], Deep, ckpt_path=tmp_path / "half.ckpt", seed=99)
     assert len(resumed.losses) == 7
     assert resumed.losses == whole.losses[8:]
 

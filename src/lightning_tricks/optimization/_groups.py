@@ -41,6 +41,12 @@ class ParameterGroup:
         options: The optimizer's options for this group, such as ``lr`` and ``weight_decay``.
         names: The parameters' names; of a tied one, the first.
         parameters: The parameters.
+
+    Example:
+        >>> from lightning_tricks.optim import SGD
+        >>> [group] = SGD(lr=0.1).groups(nn.Linear(2, 1))
+        >>> group.names, group.options["lr"]
+        (('weight', 'bias'), 0.1)
     """
 
     options: Mapping[str, Any]

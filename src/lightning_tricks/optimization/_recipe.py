@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from typing import Any, ClassVar, Final, Literal
 
@@ -59,7 +59,8 @@ class OptimizerRecipe(ABC):
 
     @override
     def __repr__(self) -> str:
-        ordered = sorted(fields(self), key=lambda each: each.kw_only is True)  # what may stand first by position comes first
+        inherited = {each.name for base in type(self).__mro__[1:] if is_dataclass(base) for each in fields(base)}
+        ordered = sorted(fields(self), key=lambda each: each.name in inherited)  # a recipe's own come first
         given = (f"{each.name}={getattr(self, each.name)!r}" for each in ordered if getattr(self, each.name) != _default(each))
         return f"{type(self).__name__}({', '.join(given)})"
 
