@@ -72,6 +72,7 @@ def test_lbfgs_evaluates_several_times_under_lightnings_closure(search):
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon from 2.9 on")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_muon_stops_and_resumes_to_the_bit(tmp_path):
     """From a checkpoint that has the recipe among its hyperparameters."""
 

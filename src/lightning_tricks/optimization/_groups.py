@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_tricks._core.selection import matches
-from lightning_tricks.errors import NothingMatchedError, UnsupportedOptimizerError
+from lightning_tricks.errors import NothingMatchedError, UnsupportedOptimizerError, UnsupportedStrategyError
 from lightning_tricks.optimization._layers import given_layers, inferred_layers
 from lightning_tricks.optimization._owners import KINDS, Kind, Owned, clean_name, kind_of, owned_parameters
 
@@ -84,8 +84,15 @@ def group_parameters(
 
     Raises:
         NothingMatchedError: If there is no trainable parameter, a glob matches none of the parameters, or a parameter has no layer.
+        UnsupportedStrategyError: If FSDP has joined parameters into one.
     """
     everything = owned_parameters(model)
+    flat = next((owned.names[0] for owned in everything if owned.names[0].rpartition(".")[2] == "_flat_param"), None)
+    if flat is not None:
+        msg = (
+            f"{who} cannot tell the parameters in {flat!r} apart, which FSDP has joined. Use `FSDPStrategy(use_orig_params=True)` or FSDP2."
+        )
+        raise UnsupportedStrategyError(msg)
     overrides = overrides or {}
     check_globs("overrides", overrides, everything, who)
     check_globs("layers", layers or (), everything, who)
