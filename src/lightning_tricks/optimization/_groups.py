@@ -107,7 +107,7 @@ def group_parameters(
     if layer_decay is not None:
         found = given_layers(trained, layers, who) if layers else inferred_layers(model, trained, who)
         factors = [layer_decay ** (max(found) - layer) for layer in found]
-    groups: dict[tuple[Any, ...], tuple[Mapping[str, Any], list[Owned]]] = {}
+    groups: list[tuple[Mapping[str, Any], list[Owned]]] = []
     for owned, factor in zip(trained, factors, strict=True):
         options = dict(options_of(owned))
         if factor != 1:
@@ -117,10 +117,14 @@ def group_parameters(
         for pattern, changes in overrides.items():
             if any(matches(name, pattern) for name in owned.names):
                 options |= changes
-        groups.setdefault(tuple(options.items()), (options, []))[1].append(owned)
+        members = next((members for equal, members in groups if equal == options), None)
+        if members is None:
+            members = []
+            groups.append((options, members))
+        members.append(owned)
     return [
         ParameterGroup(options, tuple(owned.names[0] for owned in members), tuple(owned.parameter for owned in members))
-        for options, members in groups.values()
+        for options, members in groups
     ]
 
 

@@ -43,6 +43,7 @@ class OptimizerRecipe(ABC):
 
     def __init_subclass__(cls) -> None:
         """Let checkpoints that keep a recipe among a module's hyperparameters load under ``weights_only=True``."""
+        super().__init_subclass__()
         torch.serialization.add_safe_globals([cls])
 
     @abstractmethod
@@ -87,7 +88,8 @@ class GroupedRecipe(OptimizerRecipe):
         layer_decay: Factor in (0, 1] from each layer to the one before it: the learning rate of layer i of 0 … L is
             ``lr · layer_decay^(L − i)``. None for one rate.
         layers: Globs over qualified names, one for each layer, from the input to the output. None infers them: each block of the
-            model is a layer, what comes before the first is one, and so is what comes after the last.
+            model is a layer, what comes before the first is one, and so is what comes after the last. Layers without trainable
+            parameters do not count.
         implementation: The kernels: ``"fused"``, one for the whole step; ``"foreach"``, one for each operation; ``"for-loop"``, one
             for each parameter and operation. None fuses where that is possible: on CPU and CUDA, for floating-point
             parameters with dense gradients, but not with the gradient scaler of Lightning's ``16-mixed``, where Lightning refuses to clip
