@@ -48,6 +48,20 @@ rates: list[float] = [schedule.value(3, steps=100, steps_per_epoch=10) for sched
 attached: L.LightningModule = optim.AdamW(lr=1e-3).attach(L.LightningModule(), schedule=schedules.Linear())
 lt.OptimizerFactory(optim.SGD())
 
+recipe: optim.OptimizerRecipe = optim.SGD(
+    0.1, momentum=0.9, nesterov=True, overrides={"head.*": {"lr": 1e-2}, "*.embed*": {"weight_decay": 0}}
+)
+optimizer: torch.optim.Optimizer = recipe.build(model)
+groups: list[optim.ParameterGroup] = optim.AdamW(betas=(0.9, 0.95), layer_decay=0.75, layers=["0", "*"], decayed=("matrix", "bias")).groups(
+    model
+)
+names: tuple[str, ...] = groups[0].names
+optim.Named("timm:lamb", lr=1e-3, options={"betas": (0.9, 0.99)}, implementation="foreach")
+optim.Muon(0.02, exclude="aux", adjust_lr_fn="match_rms_adamw")
+optim.LBFGS(max_iter=10, line_search_fn="strong_wolfe")
+table: str = optim.describe_groups(model, recipe)
+sources: dict[str, str] = optim.list_recipes()
+
 try:
     lt.EMA(half_life="soon")
 except errors.TrickError as error:
@@ -62,3 +76,7 @@ lt.OptimizerFactory(optim.SGD(), schedules.Cosine())  # type: ignore[call-arg]
 schedules.Cosine(1.0, 0.0)  # type: ignore[call-arg, arg-type]
 schedules.ReduceOnPlateau("val_acc", mode="larger")  # type: ignore[arg-type]
 lt.BatchNormRefresh("some")  # type: ignore[arg-type]
+optim.SGD(implementation="loop")  # type: ignore[arg-type]
+optim.AdamW(0.1, (0.9, 0.99))  # type: ignore[call-arg, arg-type]
+optim.AdamW(decayed=["weights"])  # type: ignore[list-item]
+recipe.lr = 0.1  # type: ignore[attr-defined]
