@@ -141,7 +141,6 @@ CASES = [
         skips={
             "lends": "an optimizer changes the weights themselves, and evaluations see what was trained",
             "pooled": "an optimizer leaves BatchNorm's statistics to each rank, as training does",
-            "refused": "the optimizer is built on whatever parameters a strategy makes, so it works under all of them",
             "remove": "a callback that changes no module has nothing to remove",
         },
     ),
@@ -153,6 +152,23 @@ CASES = [
             ({"stop": 0}, "`stop` must be an int of optimizer steps"),
             ({"stop": "later"}, "got 'later'"),
             ({"start": 5, "stop": 4}, "`stop` must come after `start`, got start=5 and stop=4."),
+            *AVERAGING_WRONG,
+        ),
+        nothing_matched=AVERAGING_NOTHING_MATCHED,
+        skips={
+            "pooled": "an average follows the statistics of its rank, as training does",
+            "remove": "a callback that changes no module has nothing to remove",
+        },
+    ),
+    Case(
+        lt.LatestWeightAveraging,
+        acting={"window": 3, "every": 2},
+        neutral={"evaluate": False},
+        wrong=(
+            ({"window": 0}, "`window` must be a whole number of at least 1, got 0."),
+            ({"window": 2.0}, "got 2.0"),
+            ({"window": True}, "got True"),
+            ({"window": "5"}, "got '5'"),
             *AVERAGING_WRONG,
         ),
         nothing_matched=AVERAGING_NOTHING_MATCHED,

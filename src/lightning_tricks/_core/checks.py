@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import TypeVar
 
 import torch
@@ -14,6 +14,7 @@ from lightning_tricks.errors import ArgumentError
 __all__ = [
     "check_bool",
     "check_choice",
+    "check_count",
     "check_device",
     "check_in_interval",
     "check_in_unit_interval",
@@ -33,6 +34,14 @@ def check_in_unit_interval(name: str, value: float) -> float:
         msg = f"`{name}` must lie in [0, 1], got {value!r}."
         raise ArgumentError(msg)
     return float(value)
+
+
+def check_count(name: str, value: int) -> int:
+    """Accept a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        msg = f"`{name}` must be a whole number of at least 1, got {value!r}."
+        raise ArgumentError(msg)
+    return int(value)
 
 
 def check_in_interval(name: str, value: float, interval: str) -> float:
