@@ -13,11 +13,14 @@ from torch import Tensor
 from lightning_tricks.errors import ArgumentError
 
 __all__ = [
+    "check_bool",
     "check_choice",
     "check_count",
     "check_device",
+    "check_in_interval",
     "check_in_unit_interval",
     "check_name",
+    "check_pair",
     "check_path",
     "check_patterns",
     "check_precise_dtype",
@@ -41,6 +44,33 @@ def check_count(name: str, value: int) -> int:
         msg = f"`{name}` must be a whole number of at least 1, got {value!r}."
         raise ArgumentError(msg)
     return int(value)
+
+
+def check_in_interval(name: str, value: float, interval: str) -> float:
+    """Accept a number in an interval written as in print: ``"[0, 1)"``, ``"(0, ∞)"``; infinity itself lies in none."""
+    low, high = (float(bound.strip().replace("∞", "inf")) for bound in interval[1:-1].split(","))
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    above = real and (low <= value if interval[0] == "[" else low < value)
+    if not above or not (value <= high if interval[-1] == "]" else value < high):
+        msg = f"`{name}` must lie in {interval}, got {value!r}."
+        raise ArgumentError(msg)
+    return value
+
+
+def check_pair(name: str, value: Sequence[float], intervals: tuple[str, str]) -> tuple[float, float]:
+    """Accept two numbers, each in its interval; a list, as YAML has it, becomes a tuple."""
+    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2:
+        msg = f"`{name}` must be two numbers, in {intervals[0]} and {intervals[1]}, got {value!r}."
+        raise ArgumentError(msg)
+    first, second = (
+        check_in_interval(f"{name}[{i}]", each, interval) for i, (each, interval) in enumerate(zip(value, intervals, strict=True))
+    )
+    return first, second
+
+
+def check_bool(name: str, value: bool) -> bool:
+    """Accept True or False, and no number in their place."""
+    return check_choice(name, value, (True, False))
 
 
 def check_choice(name: str, value: _T, choices: Sequence[_T]) -> _T:

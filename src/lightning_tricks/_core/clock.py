@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_tricks._core.lightning import scheduled_accumulation
 from lightning_tricks.errors import ArgumentError, TrickError, UnsupportedOptimizerError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from lightning_tricks._core.lightning import Trainer
 
-__all__ = ["Duration", "after_each_engine_step", "after_each_step", "plain_duration"]
+__all__ = ["Duration", "FitLength", "after_each_engine_step", "after_each_step", "plain_duration"]
 
 _FORM = re.compile(r"(?P<amount>\d+)\s*(?P<unit>steps?|epochs?)|(?P<percent>\d+(?:\.\d+)?)\s*%")
 
@@ -60,14 +61,20 @@ class Duration:
         return duration
 
     def steps(self, name: str, trainer: Trainer) -> int:
-        """Convert to optimizer steps once the Trainer knows its data, that is from `on_fit_start` on.
+        """Convert to optimizer steps once the Trainer knows its data, that is from `on_train_start` on.
 
         Raises:
             TrickError: If the fit's length is needed and unknown, as with an iterable data set of no length.
         """
-        if self.unit == "steps":
-            return int(self.amount)
-        whole = self.amount * _steps_per_epoch(trainer) if self.unit == "epochs" else _steps_of_fit(trainer) * self.amount / 100
+        return math.floor(self.of(name, FitLength.of(trainer, [self])) + 1e-9)
+
+    def of(self, name: str, length: FitLength) -> float:
+        """Convert to optimizer steps of a fit, fractions included.
+
+        Raises:
+            TrickError: If the fit's length is needed and unknown.
+        """
+        whole = {"steps": 1.0, "epochs": length.steps_per_epoch, "%": length.steps / 100}[self.unit]
         if math.isinf(whole):
             text = f"{self.amount:g}{'' if self.unit == '%' else ' '}{self.unit}"
             msg = (
@@ -75,17 +82,51 @@ class Duration:
                 "Give a number of steps, or set `max_steps` or `limit_train_batches` of the Trainer."
             )
             raise TrickError(msg)
-        return math.floor(whole + 1e-9)
+        return self.amount * length.steps / 100 if self.unit == "%" else self.amount * whole
+
+
+@dataclass(frozen=True)
+class FitLength:
+    """The optimizer steps of a fit and of one of its epochs; infinite where unknown."""
+
+    steps: float = math.inf
+    steps_per_epoch: float = math.inf
+
+    @classmethod
+    def of(cls, trainer: Trainer, durations: Iterable[Duration]) -> FitLength:
+        """Ask the Trainer for as much as some durations need, from `on_train_start` on.
+
+        Asked earlier, Lightning would load the training data, and a loader's saved state would not be restored.
+        """
+        units = {duration.unit for duration in durations}
+        if units <= {"steps"}:
+            return cls()
+        steps = _steps_of_fit(trainer)  # which makes the number of batches known, too
+        return cls(steps, _steps_per_epoch(trainer) if "epochs" in units else math.inf)
 
 
 def _steps_per_epoch(trainer: Trainer) -> float:
     batches = float(trainer.num_training_batches)
-    return batches if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
+    scheduled = set(scheduled_accumulation(trainer).values())
+    if len(scheduled) > 1:
+        msg = (
+            "A duration in epochs needs epochs of equal numbers of steps, and Lightning's GradientAccumulationScheduler changes them. "
+            "Give a number of steps, or a share of the fit such as '10%'."
+        )
+        raise TrickError(msg)
+    return batches if math.isinf(batches) else math.ceil(batches / (*scheduled, trainer.accumulate_grad_batches)[0])
 
 
 def _steps_of_fit(trainer: Trainer) -> float:
     """Steps of one optimizer over the whole fit; `max_steps` counts those of all optimizers together."""
-    total = float(trainer.estimated_stepping_batches)
+    total, scheduled = float(trainer.estimated_stepping_batches), scheduled_accumulation(trainer)
+    if total < 0:  # what Lightning says of data without a length
+        return math.inf
+    if scheduled and trainer.max_epochs not in {None, -1} and math.isfinite(trainer.num_training_batches):
+        # Lightning counts every epoch as the one that it is asked in.
+        factors = [scheduled[max(begin for begin in scheduled if begin <= epoch)] for epoch in range(trainer.max_epochs or 0)]
+        total = float(sum(math.ceil(trainer.num_training_batches / factor) for factor in factors))
+        total = total if trainer.max_steps == -1 else min(total, trainer.max_steps)
     return total / max(1, len(trainer.optimizers)) if total == trainer.max_steps else total
 
 

@@ -35,11 +35,14 @@ __all__ = [
     "is_averaging_callback",
     "is_progress_bar",
     "is_pruning_callback",
+    "is_rate_finder",
     "isolate_rng",
     "logs_now",
     "override",
     "rank_zero_info",
     "rank_zero_warn",
+    "scales_gradients",
+    "scheduled_accumulation",
     "wrapped",
 ]
 
@@ -93,6 +96,8 @@ def _kinds(*names: str) -> tuple[type, ...]:
 _AVERAGING: Final = _kinds("WeightAveraging", "StochasticWeightAveraging")
 _PRUNING: Final = _kinds("ModelPruning")
 _PROGRESS: Final = _kinds("ProgressBar")
+_ACCUMULATING: Final = _kinds("GradientAccumulationScheduler")
+_RATE_FINDING: Final = _kinds("LearningRateFinder")
 
 
 def is_averaging_callback(callback: object) -> bool:
@@ -108,6 +113,17 @@ def is_pruning_callback(callback: object) -> bool:
 def is_progress_bar(callback: object) -> bool:
     """Tell whether a callback only shows progress."""
     return isinstance(callback, _PROGRESS)
+
+
+def is_rate_finder(callback: object) -> bool:
+    """Tell whether a callback is Lightning's own that searches for a learning rate, and sets it, before a fit."""
+    return isinstance(callback, _RATE_FINDING)
+
+
+def scheduled_accumulation(trainer: Trainer) -> dict[int, int]:
+    """Return how many batches make a step from which epochs on, if a callback of Lightning's sets that at the start of epochs."""
+    callbacks: list[Any] = [callback for callback in callbacks_of(trainer) if isinstance(callback, _ACCUMULATING)]
+    return dict(callbacks[0].scheduling) if callbacks else {}
 
 
 def defines(module: LightningModule, *hooks: str) -> bool:
@@ -127,6 +143,12 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
 def logs_now(trainer: Trainer) -> bool:
     """Tell whether the Trainer hands this training step's metrics to its loggers."""
     return bool(trainer.loggers) and trainer._logger_connector.should_update_logs
+
+
+def scales_gradients(module: object) -> bool:
+    """Tell whether the Trainer of a LightningModule scales gradients, as it does in float16."""
+    plugin = getattr(getattr(module, "_trainer", None), "precision_plugin", None)
+    return getattr(plugin, "scaler", None) is not None
 
 
 def wrapped(module: nn.Module) -> nn.Module:
