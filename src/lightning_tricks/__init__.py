@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from lightning_tricks import errors, functional
+from lightning_tricks import errors, functional, optim
 from lightning_tricks.averaging._ema import EMA
 from lightning_tricks.averaging._polyak_averaging import PolyakAveraging
 from lightning_tricks.normalization._batch_norm_refresh import BatchNormRefresh
@@ -13,6 +13,7 @@ __all__ = [
     "PolyakAveraging",
     "errors",
     "functional",
+    "optim",
 ]
 
 __version__ = version("lightning-tricks")

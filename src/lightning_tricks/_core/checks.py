@@ -13,8 +13,10 @@ from torch import Tensor
 from lightning_tricks.errors import ArgumentError
 
 __all__ = [
+    "check_bool",
     "check_choice",
     "check_device",
+    "check_in_interval",
     "check_in_unit_interval",
     "check_name",
     "check_number",
@@ -41,6 +43,22 @@ def check_number(name: str, value: float, *, least: float = -math.inf) -> float:
         msg = f"`{name}` must be a finite number{bound}, got {value!r}."
         raise ArgumentError(msg)
     return float(value)
+
+
+def check_in_interval(name: str, value: float, interval: str) -> float:
+    """Accept a number in an interval written as in print: ``"[0, 1)"``, ``"(0, ∞)"``; infinity itself lies in none."""
+    low, high = (float(bound.strip().replace("∞", "inf")) for bound in interval[1:-1].split(","))
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    above = real and (low <= value if interval[0] == "[" else low < value)
+    if not above or not (value <= high if interval[-1] == "]" else value < high):
+        msg = f"`{name}` must lie in {interval}, got {value!r}."
+        raise ArgumentError(msg)
+    return value
+
+
+def check_bool(name: str, value: bool) -> bool:
+    """Accept True or False, and no number in their place."""
+    return check_choice(name, value, (True, False))
 
 
 def check_choice(name: str, value: _T, choices: Sequence[_T]) -> _T:

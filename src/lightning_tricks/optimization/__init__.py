@@ -1,0 +1,1 @@
+"""Optimizers: recipes, parameter groups, decay and schedules at work."""
