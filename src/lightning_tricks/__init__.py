@@ -6,11 +6,13 @@ from lightning_tricks import errors, functional, optim
 from lightning_tricks.averaging._ema import EMA
 from lightning_tricks.averaging._polyak_averaging import PolyakAveraging
 from lightning_tricks.normalization._batch_norm_refresh import BatchNormRefresh
+from lightning_tricks.optimization._weight_decay import WeightDecay
 
 __all__ = [
     "EMA",
     "BatchNormRefresh",
     "PolyakAveraging",
+    "WeightDecay",
     "errors",
     "functional",
     "optim",

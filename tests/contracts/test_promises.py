@@ -243,7 +243,7 @@ def test_repr_evaluates_back(case: Case):
     again = eval(repr(trick), {case.trick.__name__: case.trick})  # noqa: S307
     assert again.arguments == trick.arguments
     assert repr(again) == repr(trick)
-    assert case.trick.__name__ in repr(case.trick())
+    assert case.trick.__name__ in repr(case.trick(**case.neutral))
 
 
 @each

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from lightning_tricks.errors import UnsupportedStrategyError
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from lightning_tricks._core.lightning import Trainer
 
-__all__ = ["as_sharded", "is_sharded", "load_parts", "own_part", "part_of", "refuse_strategies", "return_to_shards", "whole"]
+__all__ = ["as_sharded", "is_sharded", "load_parts", "own_part", "part_of", "refuse_strategies", "return_to_shards", "summed", "whole"]
 
 
 def refuse_strategies(trainer: Trainer, trick: str, reasons: dict[str, str]) -> None:
@@ -85,6 +85,14 @@ def part_of(tensor: Tensor, like: Tensor) -> Tensor:
     shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
     with torch.no_grad():
         return tensor[tuple(slice(begin, begin + size) for begin, size in zip(offset, shape, strict=True))]
+
+
+def summed(value: Tensor, like: Tensor) -> Tensor:
+    """Add up what each rank has summed over its own part of a tensor; all ranks must call this."""
+    if not isinstance(like, DTensor):
+        return value
+    placements = [Replicate() if placement.is_replicate() else Partial() for placement in like.placements]
+    return DTensor.from_local(value, like.device_mesh, placements, run_check=False).full_tensor()
 
 
 def load_parts(path: str, likes: Mapping[str, Tensor]) -> dict[str, Tensor]:
