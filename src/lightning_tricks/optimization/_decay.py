@@ -71,8 +71,13 @@ def decay_weights_(
 def shrink_(parameters: Sequence[Tensor], share: float | Tensor) -> None:
     """Keep a share of each weight: ``θ ← share·θ``."""
     for (weights,) in _alike((_real(own_part(parameter)),) for parameter in parameters):
-        elsewhere = isinstance(share, Tensor) and share.device != weights[0].device
-        torch._foreach_mul_(weights, share.item() if elsewhere and isinstance(share, Tensor) else share)
+        if isinstance(share, Tensor) and share.device != weights[0].device:
+            share = share.item()
+        if weights[0].device.type == "cpu":  # where foreach gains nothing, and rounds the share to the weights' dtype
+            for weight in weights:
+                weight.mul_(share)
+        else:
+            torch._foreach_mul_(weights, share)
 
 
 def add_gradient_(parameters: Sequence[Tensor], factor: float, mode: Mode) -> None:
