@@ -26,6 +26,7 @@ class Case:
         nothing_matched: Arguments that select nothing in the model, with words of the error.
         model: Makes the model.
         skips: Promises that do not apply, each with the reason.
+        fsdp1: Changes to the acting arguments under which it works with FSDP1; None where that is refused.
     """
 
     trick: type
@@ -35,6 +36,7 @@ class Case:
     nothing_matched: tuple[tuple[Mapping[str, Any], str], ...] = ()
     model: Callable[[], pl.LightningModule] = Net
     skips: Mapping[str, str] = field(default_factory=dict)
+    fsdp1: Mapping[str, Any] | None = None
 
     def make(self, **changes: Any) -> Any:
         """Make the callback with its acting arguments."""
@@ -175,5 +177,6 @@ CASES = [
             "pooled": "weights decay alike on all ranks, and statistics of normalization layers are left to training",
             "remove": "a callback that changes no module has nothing to remove",
         },
+        fsdp1={"log_penalty": False},
     ),
 ]

@@ -19,12 +19,13 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 
 from contracts.cases import CASES, Case
 from contracts.harness import Loader, assert_equal, make_trainer, weights
 from lightning_tricks import errors
+from lightning_tricks._core.strategies import return_to_shards
 from reference.batch_norm import population
 
 RANK = int(os.environ["RANK"])
@@ -191,9 +192,7 @@ def fit_sharded(callbacks, case: Case, *, distributed_checkpoint: bool = False, 
 
 def whole(module):
     """Gather a model's state, without statistics that differ between ranks."""
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()
+    return_to_shards(module)
     state = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in module.state_dict().items()}
     return {name: value.detach().clone() for name, value in state.items() if "running" not in name}
 
@@ -213,6 +212,7 @@ class WholeTrained(Callback):
 def check_fsdp2_equals_ddp(case: Case, folder: Path) -> None:
     """Sharded and replicated runs train and act alike."""
     module, trained = fit_sharded([case.make()], case)
+    return_to_shards(module)
     assert all(isinstance(parameter, DTensor) for parameter in module.parameters())
     assert module.scale.to_local().numel() == (1 if RANK == 0 else 0)
     torch.manual_seed(0)
@@ -223,8 +223,9 @@ def check_fsdp2_equals_ddp(case: Case, folder: Path) -> None:
     for one, other in ((trained.weights, twin_trained.weights), (whole(module), whole(twin))):
         for name, value in one.items():
             torch.testing.assert_close(value, other[name], msg=name)
-    evaluated = {**whole(module), **statistics(module)}
-    assert any(not torch.equal(value, {**trained.weights, **trained.statistics}[name]) for name, value in evaluated.items())
+    plain, _ = fit_sharded([], case)
+    without = {**whole(plain), **statistics(plain)}
+    assert any(not torch.equal(value, without[name]) for name, value in {**whole(module), **statistics(module)}.items())
     if "pooled" not in case.skips:
         assert_equal(*gathered(statistics(module)))
         for name, value in statistics(module).items():
@@ -275,20 +276,47 @@ def check_fsdp2_exception_returns_training_weights(case: Case, folder: Path) -> 
     assert_equal(whole(module), trained.weights)
 
 
+class FSDP1(FSDPStrategy):
+    """Lightning refuses the exact class on the CPU, and gives it a device without a number there."""
+
+    def _setup_model(self, model):
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), sharding_strategy=self.sharding_strategy, **self.kwargs)
+
+
 def check_unsupported_strategies_are_refused(case: Case, folder: Path) -> None:
     """What cannot work is refused in `setup`, saying why."""
-
-    class OnCPU(FSDPStrategy):
-        """Lightning refuses the exact class on the CPU."""
-
+    if case.fsdp1 is not None:
+        return
     module = case.model()
     try:
-        make_trainer([case.make()], devices=2, strategy=OnCPU()).fit(module, Loader())
+        make_trainer([case.make()], devices=2, strategy=FSDP1()).fit(module, Loader())
     except errors.UnsupportedStrategyError as error:
         assert "cannot work under FSDPStrategy: " in str(error)  # noqa: PT017
         assert case.trick.__name__ in str(error)  # noqa: PT017
     else:
         raise AssertionError("FSDPStrategy was not refused")  # noqa: EM101, TRY003
+
+
+class WholeFromFlat(Callback):
+    """Keeps the whole weights that FSDP1 has at the end of training."""
+
+    def on_train_end(self, trainer, pl_module):
+        with FullyShardedDataParallel.summon_full_params(trainer.strategy.model):
+            self.weights = {name: value.detach().clone() for name, value in trainer.strategy.model.named_parameters()}
+
+
+def check_fsdp1_equals_ddp(case: Case, folder: Path) -> None:
+    """Where FSDP1 works, sharded and replicated runs train alike."""
+    if case.fsdp1 is None:
+        return
+    whole = WholeFromFlat()
+    strategy = FSDP1(auto_wrap_policy={torch.nn.Conv2d}, process_group_backend="gloo")
+    fit([case.make(**case.fsdp1), whole], case, strategy=strategy)
+    _, trained = fit([case.make()], case)
+    found = {name.replace("_fsdp_wrapped_module.", ""): value for name, value in whole.weights.items()}
+    assert len(found) > 5
+    for name, value in found.items():
+        torch.testing.assert_close(value, trained.weights[name], msg=name)
 
 
 CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from pathlib import Path
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -12,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_tricks as lt
-from contracts.harness import Loader, Net, Recorder, assert_equal, fit, make_trainer
+from contracts.harness import Loader, Net, Recorder, assert_equal, fit, launch, make_trainer
 from lightning_tricks import errors, schedules
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
@@ -103,7 +106,7 @@ def test_equals_torchs_own_decay_to_the_bit(mode, plain, torchs, decay, options)
 
 def test_the_scaler_of_these_tests_skips_steps():
     history = history_of(trained_by(adam), plugins=scaled)
-    stood = [torch.equal(one["head.weight"], other["head.weight"]) for one, other in zip(history[:-1], history[1:], strict=True)]
+    stood = [torch.equal(one["head.weight"], other["head.weight"]) for one, other in pairwise(history)]
     assert 0 < sum(stood) < len(stood)
 
 
@@ -111,15 +114,16 @@ def test_the_scaler_of_these_tests_skips_steps():
 @pytest.mark.parametrize("mode", ["decoupled", "l2"])
 def test_fused_optimizers_agree_to_rounding(mode, options):
     """Their kernels multiply and add in one instruction; under a scaler they also skip and unscale by themselves."""
-    fused = (lambda groups: torch.optim.Adam(groups, lr=0.01, fused=True)), (
-        lambda groups: (torch.optim.AdamW if mode == "decoupled" else torch.optim.Adam)(groups, lr=0.01, weight_decay=0.0, fused=True)
+    fused = (
+        (lambda groups: torch.optim.Adam(groups, lr=0.01, fused=True)),
+        (lambda groups: (torch.optim.AdamW if mode == "decoupled" else torch.optim.Adam)(groups, lr=0.01, weight_decay=0.0, fused=True)),
     )
     expected = history_of(trained_by(fused[1], weight_decay=0.5), **options)
     found = history_of(trained_by(fused[0]), lt.WeightDecay(0.5, mode=mode), **options)
     for one, other in zip(found, expected, strict=True):
         for name in one:
             torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-5)
-    stood = [torch.equal(one["head.weight"], other["head.weight"]) for one, other in zip(found[:-1], found[1:], strict=True)]
+    stood = [torch.equal(one["head.weight"], other["head.weight"]) for one, other in pairwise(found)]
     assert any(stood) == bool(options)
     assert_histories_differ(found, history_of(trained_by(fused[0]), **options))
 
@@ -337,7 +341,7 @@ def test_a_step_without_gradients_decays_nothing():
 
     with pytest.warns(UserWarning, match="returned `None`"):
         history = history_of(trained_by(adam, base=Idle), lt.WeightDecay(2.0))
-    moved = [not torch.equal(one["head.weight"], other["head.weight"]) for one, other in zip(history[:-1], history[1:], strict=True)]
+    moved = [not torch.equal(one["head.weight"], other["head.weight"]) for one, other in pairwise(history)]
     assert moved == [True, False, False, False, False] * 2
 
 
@@ -499,8 +503,10 @@ def test_names_inside_compiled_layers():
 
 
 def test_an_optimizers_own_decay_is_refused():
-    for model in (trained_by(adam, weight_decay=0.01), trained_by(lambda groups: torch.optim.AdamW(groups))):
-        with pytest.raises(errors.UnsupportedOptimizerError, match=r"decays 'body.0.weight' itself by `weight_decay=0.01`.*existing='replace'"):
+    for model in (trained_by(adam, weight_decay=0.01), trained_by(torch.optim.AdamW)):
+        with pytest.raises(
+            errors.UnsupportedOptimizerError, match=r"decays 'body.0.weight' itself by `weight_decay=0.01`.*existing='replace'"
+        ):
             fit([lt.WeightDecay(0.1)], model)
 
 
@@ -570,7 +576,7 @@ def test_two_decays_of_one_parameter_are_refused_and_elastic_nets_are_not():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda p: torch.optim.LBFGS(p), "LBFGS evaluates the loss again from where its gradient was taken. Use mode='l2'"),
+        (torch.optim.LBFGS, "LBFGS evaluates the loss again from where its gradient was taken. Use mode='l2'"),
         (lambda p: torch.optim.SGD([{"params": p, "lr": None}]), "SGD has `lr=None`. Use mode='l2'"),
     ],
 )
@@ -660,7 +666,7 @@ def test_nothing_is_measured_unless_it_is_logged(monkeypatch):
 def test_hooks_are_gone_after_the_fit_and_after_an_exception():
     class Fails(Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            raise RuntimeError("stop")  # noqa: EM101, TRY003
+            raise RuntimeError("stop")  # noqa: EM101
 
     run = fit([lt.WeightDecay(0.1, existing="replace")], max_epochs=1)
     optimizer = run.trainer.optimizers[0] if run.trainer.optimizers else None
@@ -670,3 +676,8 @@ def test_hooks_are_gone_after_the_fit_and_after_an_exception():
     for each in filter(None, [optimizer, *trainer.optimizers]):
         assert not each._optimizer_step_pre_hooks
         assert len(each._optimizer_step_post_hooks) == 0
+
+
+def test_sharded_tensors_decay_as_whole_ones_do(tmp_path):
+    launch(Path(__file__).with_name("weight_decay_worker.py"), tmp_path, processes=2)
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "1"}

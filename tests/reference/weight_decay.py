@@ -19,6 +19,7 @@ def adamw(
     gradient: Callable[[list[float], int], list[float]],
     rates: Sequence[float],
     decays: Sequence[float],
+    *,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
 ) -> list[list[float]]:

@@ -18,7 +18,18 @@ if TYPE_CHECKING:
 
     from lightning_tricks._core.lightning import Trainer
 
-__all__ = ["as_sharded", "is_sharded", "load_parts", "own_part", "part_of", "refuse_strategies", "return_to_shards", "summed", "whole"]
+__all__ = [
+    "added_up",
+    "as_sharded",
+    "is_sharded",
+    "load_parts",
+    "own_part",
+    "part_of",
+    "refuse_strategies",
+    "return_to_shards",
+    "summed",
+    "whole",
+]
 
 
 def refuse_strategies(trainer: Trainer, trick: str, reasons: dict[str, str]) -> None:
@@ -85,6 +96,12 @@ def part_of(tensor: Tensor, like: Tensor) -> Tensor:
     shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
     with torch.no_grad():
         return tensor[tuple(slice(begin, begin + size) for begin, size in zip(offset, shape, strict=True))]
+
+
+def added_up(tensor: Tensor) -> Tensor:
+    """Return a tensor of which ranks hold terms, such as a gradient under tensor parallelism, as their sum; others as they are."""
+    pending = isinstance(tensor, DTensor) and any(placement.is_partial() for placement in tensor.placements)
+    return tensor.full_tensor() if pending and isinstance(tensor, DTensor) else tensor
 
 
 def summed(value: Tensor, like: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_tricks._core.checks import check_choice, check_in_interval, check_tensors
-from lightning_tricks._core.strategies import own_part, summed
+from lightning_tricks._core.strategies import added_up, own_part, summed
 from lightning_tricks._core.weights import PIECE, pieces
 from lightning_tricks.errors import ArgumentError, TrickError
 
@@ -158,7 +158,7 @@ def penalty_of(parameters: Sequence[Tensor], weight_decay: float, mode: Mode) ->
 def _total(tensors: Sequence[Tensor], power: int) -> float:
     """Return the sum over all elements of their size to some power, where ``0⁰ = 0``; all ranks that own parts must call this."""
     sums: dict[Any, tuple[Tensor, Tensor]] = {}
-    for tensor in tensors:
+    for tensor in map(added_up, tensors):
         part = own_part(tensor)
         part = part.coalesce().values() if part.is_sparse else part
         norm = torch.linalg.vector_norm(
