@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import lightning_tricks as lt
-from lightning_tricks import errors, functional
+from lightning_tricks import errors, functional, schedules
 
 trainer = L.Trainer(
     callbacks=[
@@ -17,6 +17,9 @@ trainer = L.Trainer(
         lt.EMA(half_life="500 steps", warmup=100, device="cpu", dtype=torch.float64, evaluate=False),
         lt.BatchNormRefresh(),
         lt.BatchNormRefresh(20, on="validation", where=["body.*"], exclude="*.bn1", name="slow"),
+        lt.WeightDecay(0.01),
+        lt.WeightDecay({"*": 0.01, "head": schedules.Linear(0.0, final=0.1)}, mode="l2", skip=["bias", "norm", "embedding"], name="slow"),
+        lt.WeightDecay(schedules.Cosine(0.04), where=["body.*"], exclude="*.bias", skip="norm", existing="replace", log_penalty=True),
     ]
 )
 lt.PolyakAveraging(start="50%", stop=1000, every="1 epoch")
@@ -31,6 +34,7 @@ uniform: dict[str, torch.Tensor] = functional.uniform_soup(["a.ckpt", Path("b.ck
 soup: functional.Soup = functional.greedy_soup(Path("runs").glob("*.ckpt"), lambda state_dict: -state_dict["weight"].sum().item())
 model.load_state_dict(soup.state_dict)
 best: Path = soup.members[0]
+functional.decay_weights_(model.parameters(), 0.01, mode="l2")
 share: float = functional.ema_decay(3, 0.9, warmup=10)
 used: int = functional.refresh_batch_norm(nn.BatchNorm1d(2), [torch.randn(4, 2)], batches=1)
 
@@ -43,3 +47,6 @@ lt.EMA(buffers="sync")  # type: ignore[arg-type]
 lt.EMA(0.9, 5)  # type: ignore[call-arg]
 lt.EMA(momentum=0.9)  # type: ignore[call-arg]
 lt.BatchNormRefresh("some")  # type: ignore[arg-type]
+lt.WeightDecay(0.1, mode="l3")  # type: ignore[arg-type]
+lt.WeightDecay(0.1, skip="biases")  # type: ignore[arg-type]
+lt.WeightDecay(0.1, "l2")  # type: ignore[call-arg]
