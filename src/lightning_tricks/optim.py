@@ -1,8 +1,32 @@
 """Optimizers as recipes, with the parameter groups that a model needs."""
 
-from lightning_tricks.optimization._adam import Adam, AdamW
+from lightning_tricks.optimization._adam import Adam, AdamW, NAdam, RAdam
+from lightning_tricks.optimization._adaptive import Adadelta, Adafactor, Adagrad, RMSprop, Rprop
+from lightning_tricks.optimization._describe import describe_groups
 from lightning_tricks.optimization._groups import ParameterGroup
-from lightning_tricks.optimization._recipe import OptimizerRecipe
+from lightning_tricks.optimization._lbfgs import LBFGS
+from lightning_tricks.optimization._muon import Muon
+from lightning_tricks.optimization._named import Named, list_recipes
+from lightning_tricks.optimization._recipe import GroupedRecipe, OptimizerRecipe
 from lightning_tricks.optimization._sgd import SGD
 
-__all__ = ["SGD", "Adam", "AdamW", "OptimizerRecipe", "ParameterGroup"]
+__all__ = [
+    "LBFGS",
+    "SGD",
+    "Adadelta",
+    "Adafactor",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "GroupedRecipe",
+    "Muon",
+    "NAdam",
+    "Named",
+    "OptimizerRecipe",
+    "ParameterGroup",
+    "RAdam",
+    "RMSprop",
+    "Rprop",
+    "describe_groups",
+    "list_recipes",
+]

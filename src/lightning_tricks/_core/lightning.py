@@ -39,6 +39,7 @@ __all__ = [
     "override",
     "rank_zero_info",
     "rank_zero_warn",
+    "scales_gradients",
 ]
 
 
@@ -125,3 +126,9 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
 def logs_now(trainer: Trainer) -> bool:
     """Tell whether the Trainer hands this training step's metrics to its loggers."""
     return bool(trainer.loggers) and trainer._logger_connector.should_update_logs
+
+
+def scales_gradients(module: object) -> bool:
+    """Tell whether the Trainer of a LightningModule scales gradients, as it does in float16."""
+    plugin = getattr(getattr(module, "_trainer", None), "precision_plugin", None)
+    return getattr(plugin, "scaler", None) is not None
