@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from copy import copy
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
+import torch
 from torch import Tensor
 
-from lightning_tricks._core.strategies import as_sharded, is_sharded, own_part, return_to_shards, whole
-from lightning_tricks._core.weights import copy_, memory, named_tensors
+from lightning_tricks._core.shards import Runs
+from lightning_tricks._core.strategies import (
+    as_sharded,
+    holder_of,
+    is_sharded,
+    named_tensors,
+    own_part,
+    return_to_shards,
+    stored_tensors,
+    whole,
+)
+from lightning_tricks._core.weights import copy_, memory
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from torch import nn
 
@@ -46,6 +58,11 @@ class Averages:
     def inside(self) -> bool:
         """Whether the model holds averages."""
         return any(track.inside for track in self.tracks)
+
+    @property
+    def cut_in_runs(self) -> bool:
+        """Whether the strategy spreads parameters as no tensor can be."""
+        return any(isinstance(tensor, Runs) for tensor in named_tensors(self.module).values())
 
     @property
     def untouched(self) -> bool:
@@ -98,10 +115,30 @@ class Averages:
                 raw |= {name: tensor for track in other.tracks for name, tensor in track.raw().items() if name in raw}
         return raw
 
+    @contextmanager
+    def holding(self, *, average: bool) -> Iterator[None]:
+        """Let the model hold the averages, or the training weights, for the length of a ``with`` block."""
+        inside = self.inside
+        self._put(average=average)
+        try:
+            yield
+        finally:
+            self._put(average=inside)
+
     def state_dict(self, *, averaged: bool) -> dict[str, Tensor]:
-        """Return copies of the model's state, with averages or with training weights."""
+        """Return copies of the model's state, with averages or with training weights.
+
+        Where parameters are spread over ranks as no state dict can be, all ranks must call this together, and rank zero gets the state.
+        """
         return_to_shards(self.module)
-        state = self.replaced(self.module.state_dict(), self.averaged() if averaged else self.raw())
+        parts = self.averaged() if averaged else self.raw()
+        if self.cut_in_runs:
+            held = {id(place.holder): parts[name] for track in self.tracks for name, place in track.places.items() if name in parts}
+            stored = stored_tensors(self.module)
+            wholes = {name: whole(held.get(id(holder_of(tensor)), own_part(tensor)), tensor) for name, tensor in stored.items()}
+            state: dict[str, Any] = dict(wholes) if torch.distributed.get_rank() == 0 else {}
+        else:
+            state = self.replaced(self.module.state_dict(), parts)
         return {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
 
     def laid_out(self, parts: Mapping[str, Tensor], *, sharded: bool) -> dict[str, Tensor]:
@@ -109,7 +146,7 @@ class Averages:
 
         All ranks must call this together.
         """
-        likes = {name: place.whole for track in self.tracks for name, place in track.places.items()}
+        likes = {name: place.shards or place.tensor for track in self.tracks for name, place in track.places.items()}
         if sharded:
             return {name: as_sharded(part, likes[name]) for name, part in parts.items()}
         wholes = {name: whole(part, likes[name]) for name, part in parts.items()}
@@ -123,10 +160,11 @@ class Averages:
         """
         return_to_shards(self.module)
         tensors = self.laid_out(parts, sharded=is_sharded(state_dict))
-        live = {name: place.whole for track in self.tracks for name, place in track.places.items() if name in tensors}
+        live = {name: place.holder for track in self.tracks for name, place in track.places.items() if name in tensors}
         by_memory = {memory(tensor): name for name, tensor in live.items() if tensor.numel()}
         same = {id(tensor): name for name, tensor in live.items()}
-        by_name = {name: same[id(tensor)] for name, tensor in named_tensors(self.module).items() if id(tensor) in same}
+        holders = {name: id(holder_of(tensor)) for name, tensor in named_tensors(self.module).items()}
+        by_name = {name: same[holder] for name, holder in holders.items() if holder in same}
         state = copy(state_dict)  # which keeps `_metadata`
         for key, value in state_dict.items():
             name = by_memory.get(memory(value)) if isinstance(value, Tensor) and value.numel() else None

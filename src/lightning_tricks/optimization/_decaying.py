@@ -15,7 +15,7 @@ from lightning_tricks._core.schedule import Schedule
 from lightning_tricks._core.selection import matches, select_parameters
 from lightning_tricks._core.strategies import return_to_shards
 from lightning_tricks._core.updates import BeforeUpdate, updating
-from lightning_tricks.errors import NothingMatchedError, UnsupportedOptimizerError, UnsupportedStrategyError
+from lightning_tricks.errors import NothingMatchedError, UnsupportedOptimizerError
 from lightning_tricks.optimization._decay import Mode, Terms, add_gradient_, measure, penalty_of, shrink_
 from lightning_tricks.optimization._groups import Kind, Owned, owned_parameters
 
@@ -57,7 +57,6 @@ class Rules:
 
         Raises:
             NothingMatchedError: If no trainable parameter does, or one of several globs matches none.
-            UnsupportedStrategyError: If parameters have been flattened into others.
         """
         return_to_shards(module)
         named = [each for each in owned_parameters(module) if _matches(each, self.where) and not _matches(each, self.exclude)]
@@ -77,12 +76,6 @@ class Rules:
                     f"like {', '.join(repr(each.names[0]) for each in decaying[:3])}."
                 )
                 raise NothingMatchedError(msg)
-        if flat := next((each.names[0] for each in decaying if each.names[0].endswith("_flat_param")), None):
-            msg = (
-                f"{self.trick} cannot work under FSDPStrategy(use_orig_params=False): in {flat!r} biases and matrices cannot be told "
-                "apart. Remove the argument."
-            )
-            raise UnsupportedStrategyError(msg)
         latest_first = list(self.decays)[::-1]
         ruled = ((each, next((glob for glob in latest_first if _matches(each, glob)), None)) for each in decaying)
         return {id(each.parameter): Decayed(each.parameter, each.names[0], glob) for each, glob in ruled if glob is not None}
@@ -193,6 +186,11 @@ class Decays:
                 penalty += sign * penalty_of(ready, value, self.mode)
             add_gradient_(ready, sign * scale * value, self.mode)
         return penalty
+
+    @property
+    def strength(self) -> float:
+        """The largest decay of the latest step."""
+        return max(value(max(0, self.steps - 1)) for value in self.values.values())
 
     def take_terms(self) -> list[Terms]:
         """Return what has been measured since the last call."""

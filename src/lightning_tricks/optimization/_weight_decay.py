@@ -19,7 +19,7 @@ from lightning_tricks._core.checkpoint import read_entry, write_entry
 from lightning_tricks._core.checks import check_bool, check_choice, check_in_interval, check_patterns
 from lightning_tricks._core.lightning import STEP_OUTPUT, LightningModule, Trainer, callbacks_of, defines, logs_now, override
 from lightning_tricks._core.schedule import Schedule, follow
-from lightning_tricks._core.strategies import refuse_strategies
+from lightning_tricks._core.strategies import refuse_strategies, refuse_unreachable_parameters
 from lightning_tricks._core.trick import Trick
 from lightning_tricks.errors import ArgumentError, NothingMatchedError, TrickConflictError, TrickError
 from lightning_tricks.optimization._decay import MODES, Mode
@@ -63,16 +63,15 @@ class WeightDecay(Trick):
             ``no_weight_decay`` of its own is always left out.
         existing: What to do where the optimizer decays selected parameters itself: ``"refuse"``, or ``"replace"``, which takes the
             optimizer's decay of these parameters' groups away for each step.
-        log_penalty: Whether to log the penalty and its gradient's size beside the loss's, which costs some more passes over weights
-            and gradients at each step that is logged.
+        log_penalty: Whether to log, beside λ, the penalty and its gradient's size relative to that of the loss, which costs some more
+            passes over weights and gradients at each step that is logged.
         name: Tells several decays apart, in logs and checkpoints.
 
     Raises:
         ArgumentError: If an argument lies outside its domain.
         NothingMatchedError: At setup, if no trainable parameter is selected, or a glob of a mapping selects none.
         TrickConflictError: When the fit starts, if two decays of one kind select the same parameter.
-        UnsupportedStrategyError: At setup under DeepSpeed, and with `log_penalty` under FSDP1; when the fit starts, under FSDP1 with
-            ``use_orig_params=False``.
+        UnsupportedStrategyError: At setup, under DeepSpeed, and under FSDP1 with `log_penalty` or ``use_orig_params=False``.
         UnsupportedOptimizerError: When the fit starts, if an optimizer decays the same parameters itself, is no
             ``torch.optim.Optimizer``, or has no learning rate or is LBFGS while `mode` is ``"decoupled"``.
         TrickError: In training, if ``"l2"`` or ``"l1"`` meets a sparse gradient.
@@ -130,6 +129,7 @@ class WeightDecay(Trick):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         refuse_strategies(trainer, repr(self), {**_UNSUPPORTED, **(_UNSUMMED if self.log_penalty else {})})
+        refuse_unreachable_parameters(trainer, repr(self))
         if stage != "fit":
             return
         self._selected, self._decays, self._steps = {}, [], None
@@ -156,7 +156,7 @@ class WeightDecay(Trick):
             self._decays_of(optimizer, 0).divide()  # which refuses early what cannot be
 
     def _look_up(self, module: LightningModule) -> None:
-        """Find what decays. What was found before stays: FSDP1 may at times show wholes that it has gathered in its place."""
+        """Find what decays; what has left the model since is held by no optimizer, or still decays."""
         self._selected.update(self._rules.select(module))
 
     def _check_apart(self, other: WeightDecay, module: LightningModule) -> None:
@@ -200,6 +200,8 @@ class WeightDecay(Trick):
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int) -> None:
+        if logs_now(trainer) and self._decays:
+            pl_module.log(f"{self.log_prefix}/decay", max(decays.strength for decays in self._decays))
         terms = [each for decays in self._decays for each in decays.take_terms()]
         if terms:
             penalty, added, gradient = (sum(column) for column in zip(*terms, strict=True))
