@@ -602,12 +602,23 @@ def test_a_module_without_optimizers_is_refused():
 
 
 def test_deepspeed_is_refused():
-    class DeepSpeedStrategy:
-        pass
-
     trainer = make_trainer([trick := lt.WeightDecay(0.1)])
     trainer.strategy.__class__ = type("DeepSpeedStrategy", (type(trainer.strategy),), {})
     with pytest.raises(errors.UnsupportedStrategyError, match="cannot work under DeepSpeedStrategy: the engine keeps its own copies"):
+        trick.setup(trainer, Net(), "fit")
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments", "words"),
+    [
+        ({"use_orig_params": False}, {}, r"FSDPStrategy\(use_orig_params=False\) melts them into flat ones"),
+        ({}, {"log_penalty": True}, "cannot work under FSDPStrategy: `log_penalty=True` sums over parameters"),
+    ],
+)
+def test_fsdp1_in_which_it_cannot_see_parameters_is_refused(options, arguments, words):
+    trainer = make_trainer([trick := lt.WeightDecay(0.1, **arguments)])
+    trainer.strategy.__class__ = type("FSDPStrategy", (type(trainer.strategy),), {"kwargs": {"use_orig_params": True, **options}})
+    with pytest.raises(errors.UnsupportedStrategyError, match=words):
         trick.setup(trainer, Net(), "fit")
 
 
@@ -653,6 +664,14 @@ def test_logs_the_penalty_and_its_share_of_the_gradient(mode, tmp_path):
     logged = [tuple(float(row[column]) for column in columns) for row in rows[1:] if row[columns[0]]]
     assert len(run.losses) == 10
     torch.testing.assert_close(torch.tensor(logged), torch.tensor(noted[1::2]))
+
+
+def test_logs_the_decay_of_each_step_and_of_a_mapping_the_largest(tmp_path):
+    rules = {"*": 0.01, "head": schedules.Linear(0.0, final=0.1, stop=10)}
+    fit([lt.WeightDecay(rules)], logger=CSVLogger(tmp_path), log_every_n_steps=5, max_epochs=2)
+    rows = [line.split(",") for line in (tmp_path / "lightning_logs/version_0/metrics.csv").read_text().splitlines()]
+    logged = [float(row[rows[0].index("weight_decay/decay")]) for row in rows[1:] if row[rows[0].index("weight_decay/decay")]]
+    assert logged == pytest.approx([0.04, 0.09])
 
 
 def test_nothing_is_measured_unless_it_is_logged(monkeypatch):
