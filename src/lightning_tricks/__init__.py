@@ -9,6 +9,7 @@ from lightning_tricks.averaging._polyak_averaging import PolyakAveraging
 from lightning_tricks.averaging._post_hoc_ema import PostHocEMA
 from lightning_tricks.normalization._batch_norm_refresh import BatchNormRefresh
 from lightning_tricks.optimization._optimizer_factory import OptimizerFactory
+from lightning_tricks.optimization._weight_decay import WeightDecay
 
 __all__ = [
     "EMA",
@@ -17,6 +18,7 @@ __all__ = [
     "OptimizerFactory",
     "PolyakAveraging",
     "PostHocEMA",
+    "WeightDecay",
     "errors",
     "functional",
     "optim",

@@ -7,10 +7,12 @@ from lightning_tricks.averaging._power_ema import power_ema_decay, power_ema_gam
 from lightning_tricks.averaging._snapshots import synthesize_ema
 from lightning_tricks.averaging._soup import Soup, greedy_soup, uniform_soup
 from lightning_tricks.normalization._batch_norm_refresh import refresh_batch_norm
+from lightning_tricks.optimization._decay import decay_weights_
 
 __all__ = [
     "Soup",
     "averaged_state_dict",
+    "decay_weights_",
     "ema_decay",
     "ema_update_",
     "greedy_soup",

@@ -71,6 +71,32 @@ AVERAGING_NOTHING_MATCHED = (
     ({"where": "frozen"}, "all 2 that `where='frozen'` matched are frozen"),
 )
 
+WEIGHT_DECAY_WRONG = (
+    ({"weight_decay": -0.1}, "`weight_decay` must lie in [0, ∞), got -0.1."),
+    ({"weight_decay": float("nan")}, "got nan"),
+    ({"weight_decay": float("inf")}, "got inf"),
+    ({"weight_decay": "0.1"}, "got '0.1'"),
+    ({"weight_decay": True}, "got True"),
+    ({"weight_decay": [0.1]}, "got [0.1]"),
+    ({"weight_decay": {}}, "`weight_decay` must map globs over qualified names to decays, such as {'head.*': 0.1}, got {}."),
+    ({"weight_decay": {3: 0.1}}, "got {3: 0.1}"),
+    ({"weight_decay": {"head": -1}}, "`weight_decay['head']` must lie in [0, ∞), got -1."),
+    *(
+        ({"weight_decay": 0.1, **arguments}, words)
+        for arguments, words in (
+            ({"mode": "l3"}, "`mode` must be one of 'decoupled', 'l2', 'l1', got 'l3'"),
+            ({"where": ""}, "`where` must be a glob over qualified names"),
+            ({"exclude": [None]}, "`exclude` must be a glob"),
+            ({"skip": "biases"}, "`skip` must be one of 'matrix', 'embedding', 'norm', 'bias', 'other', got 'biases'"),
+            ({"skip": ["bias", 1]}, "got 1"),
+            ({"skip": None}, "got None"),
+            ({"existing": "add"}, "`existing` must be one of 'refuse', 'replace', got 'add'"),
+            ({"log_penalty": 1}, "`log_penalty` must be one of True, False, got 1"),
+            ({"name": "two words"}, "`name` must be a word"),
+        )
+    ),
+)
+
 CASES = [
     Case(
         lt.EMA,
@@ -200,6 +226,27 @@ CASES = [
         nothing_matched=AVERAGING_NOTHING_MATCHED,
         skips={
             "pooled": "an average follows the statistics of its rank, as training does",
+            "remove": "a callback that changes no module has nothing to remove",
+        },
+    ),
+    Case(
+        lt.WeightDecay,
+        acting={"weight_decay": 0.1},
+        neutral={"weight_decay": 0.0},
+        wrong=WEIGHT_DECAY_WRONG,
+        nothing_matched=(
+            *AVERAGING_NOTHING_MATCHED,
+            (
+                {"where": "*.bias"},
+                "those that `where` and `exclude` leave (bias ×5, norm ×1) are frozen, exempt by `no_weight_decay`, or left",
+            ),
+            ({"weight_decay": {"*": 0.1, "haed": 0.2}}, "`weight_decay['haed']` matched none of the 4 parameters that decay"),
+            ({"weight_decay": {"head.bias": 0.2}}, "Their names look like 'body.0.weight', 'neck.weight', 'head.weight'."),
+        ),
+        skips={
+            "deepspeed": "the engine updates copies of the weights by itself, so the callback refuses it",
+            "lends": "decay changes the weights themselves, and evaluations see what was trained",
+            "pooled": "weights decay alike on all ranks, and statistics of normalization layers are left to training",
             "remove": "a callback that changes no module has nothing to remove",
         },
     ),

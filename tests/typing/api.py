@@ -18,6 +18,9 @@ trainer = L.Trainer(
         lt.BatchNormRefresh(),
         lt.OptimizerFactory(optim.SGD(lr=0.1, momentum=0.9), schedule=schedules.Cosine(warmup="5%"), name="slow"),
         lt.BatchNormRefresh(20, on="validation", where=["body.*"], exclude="*.bn1", name="slow"),
+        lt.WeightDecay(0.01),
+        lt.WeightDecay({"*": 0.01, "head": schedules.Linear(0.0, final=0.1)}, mode="l2", skip=["bias", "norm", "embedding"], name="slow"),
+        lt.WeightDecay(schedules.Cosine(0.04), where=["body.*"], exclude="*.bias", skip="norm", existing="replace", log_penalty=True),
     ]
 )
 lt.PolyakAveraging(start="50%", stop=1000, every="1 epoch")
@@ -39,6 +42,7 @@ uniform: dict[str, torch.Tensor] = functional.uniform_soup(["a.ckpt", Path("b.ck
 soup: functional.Soup = functional.greedy_soup(Path("runs").glob("*.ckpt"), lambda state_dict: -state_dict["weight"].sum().item())
 model.load_state_dict(soup.state_dict)
 best: Path = soup.members[0]
+functional.decay_weights_(model.parameters(), 0.01, mode="l2")
 share: float = functional.ema_decay(3, 0.9, warmup=10)
 used: int = functional.refresh_batch_norm(nn.BatchNorm1d(2), [torch.randn(4, 2)], batches=1)
 every_schedule: list[schedules.Schedule] = [
@@ -86,6 +90,9 @@ lt.BatchNormRefresh("some")  # type: ignore[arg-type]
 lt.LatestWeightAveraging(5, "1 epoch")  # type: ignore[call-arg]
 posthoc.synthesize(0.1, 1000)  # type: ignore[call-arg]
 lt.PostHocEMA(sigma_rel=0.1)  # type: ignore[arg-type]
+lt.WeightDecay(0.1, mode="l3")  # type: ignore[arg-type]
+lt.WeightDecay(0.1, skip="biases")  # type: ignore[arg-type]
+lt.WeightDecay(0.1, "l2")  # type: ignore[call-arg]
 optim.SGD(implementation="loop")  # type: ignore[arg-type]
 optim.AdamW(0.1, (0.9, 0.99))  # type: ignore[call-arg, arg-type]
 optim.AdamW(decayed=["weights"])  # type: ignore[list-item]

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.fsdp._runtime_utils import _reshard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from lightning_tricks._core.lightning import wrapped
 from lightning_tricks._core.shards import Shards, find_shards
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lightning_tricks._core.lightning import Trainer
 
 __all__ = [
+    "added_up",
     "as_sharded",
     "cut",
     "engine_of",
@@ -42,6 +43,7 @@ __all__ = [
     "region_of",
     "return_to_shards",
     "stored_tensors",
+    "summed",
     "through_wrapper",
     "whole",
     "writes_own_files",
@@ -199,6 +201,20 @@ def cut(tensor: Tensor, like: Tensor | Shards) -> Tensor:
         return tensor
     with torch.no_grad():
         return like.cut(tensor)
+
+
+def added_up(tensor: Tensor) -> Tensor:
+    """Return a tensor of which ranks hold terms, such as a gradient under tensor parallelism, as their sum; others as they are."""
+    pending = isinstance(tensor, DTensor) and any(placement.is_partial() for placement in tensor.placements)
+    return tensor.full_tensor() if pending and isinstance(tensor, DTensor) else tensor
+
+
+def summed(value: Tensor, like: Tensor) -> Tensor:
+    """Add up what each rank has summed over its own part of a tensor; all ranks must call this."""
+    if not isinstance(like, DTensor):
+        return value
+    placements = [Replicate() if placement.is_replicate() else Partial() for placement in like.placements]
+    return DTensor.from_local(value, like.device_mesh, placements, run_check=False).full_tensor()
 
 
 def load_parts(path: str, likes: Mapping[str, Tensor | Shards], dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:

@@ -15,9 +15,9 @@ from lightning_tricks.errors import ArgumentError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["copy_", "lerp_", "memory", "swap_", "using_weights"]
+__all__ = ["PIECE", "copy_", "lerp_", "memory", "pieces", "swap_", "using_weights"]
 
-_PIECE = 1 << 20  # elements handled at once where a temporary copy is needed
+PIECE = 1 << 20  # elements handled at once where a temporary copy is needed
 
 
 def lerp_(targets: list[Tensor], sources: list[Tensor], weight: float) -> None:
@@ -35,7 +35,7 @@ def lerp_(targets: list[Tensor], sources: list[Tensor], weight: float) -> None:
         if alike[0]:
             torch._foreach_lerp_(*alike, weight)
         for target, source in unlike:
-            for t, s in _pieces(target, source):
+            for t, s in pieces(target, source):
                 t.lerp_(s.to(t.device, t.dtype), weight)
 
 
@@ -50,7 +50,7 @@ def swap_(left: Sequence[Tensor], right: Sequence[Tensor]) -> None:
     """Exchange the contents of tensors of equal shape and dtype, through a temporary copy of one small piece at a time."""
     with torch.no_grad():
         for a, b in zip(left, right, strict=True):
-            for x, y in _pieces(a, b):
+            for x, y in pieces(a, b):
                 kept = x.clone()
                 x.copy_(y)
                 y.copy_(kept)
@@ -60,17 +60,17 @@ def _alike(a: Tensor, b: Tensor) -> bool:
     return a.dtype is b.dtype and a.get_device() == b.get_device()
 
 
-def _pieces(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Cut two tensors of one shape along their first dimension into views of about `_PIECE` elements."""
-    if a.numel() <= _PIECE:
+def pieces(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cut two tensors of one shape along their first dimension into views of about `PIECE` elements."""
+    if a.numel() <= PIECE:
         yield a, b
         return
     if a.shape[0] == 1:
-        yield from _pieces(a[0], b[0])
+        yield from pieces(a[0], b[0])
         return
-    rows = max(1, _PIECE * a.shape[0] // a.numel())
+    rows = max(1, PIECE * a.shape[0] // a.numel())
     for x, y in zip(torch.split(a, rows), torch.split(b, rows), strict=True):
-        yield from _pieces(x, y) if rows == 1 else [(x, y)]
+        yield from pieces(x, y) if rows == 1 else [(x, y)]
 
 
 def memory(tensor: Tensor) -> tuple[int, int, int]:
