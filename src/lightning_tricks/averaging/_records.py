@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from lightning_tricks._core.checkpoint import check_tensors, other_entries
-from lightning_tricks._core.strategies import is_sharded, load_parts, part_of, return_to_shards
-from lightning_tricks._core.weights import named_tensors
+from lightning_tricks._core.checkpoint import other_entries
+from lightning_tricks._core.state_dicts import put_beside, read_beside
+from lightning_tricks._core.strategies import is_sharded, return_to_shards
 from lightning_tricks.averaging._averages import Averages
 from lightning_tricks.averaging._roster import place_of
 from lightning_tricks.averaging._tracks import Storage, Track
@@ -53,8 +51,7 @@ def pack(averages: Averages, checkpoint: dict[str, Any], state_key: str, *, depl
     }
     dtypes: dict[str, dict[str, str]] = {"raw": {}, "average": {}}  # of the tensors in the state dict
     for group, members in tensors.items() if sharded else ():
-        state_dict.update({_sharded_name(state_key, group, name): tensor for name, tensor in members.items()})
-        dtypes[group] = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in members.items()}
+        dtypes[group] = put_beside(state_dict, members, group, state_key)
     return {
         "tracks": [
             {
@@ -92,7 +89,7 @@ def unpack(
     return_to_shards(averages.module)
     try:
         _check_counts(entry)
-        raw, average = (_read(entry, group, averages.module, path, state_key) for group in ("raw", "average"))
+        raw, average = (read_beside(entry, group, averages.module, path, state_key) for group in ("raw", "average"))
         tracks = [
             Track(tuple(record["optimizers"]), averages.storage, **{count: record[count] for count in _COUNTS})
             for record in entry["tracks"]
@@ -132,19 +129,6 @@ def unpack_absent(
     }
 
 
-def _read(entry: Mapping[str, Any], group: str, module: nn.Module, path: str | Path | None, state_key: str) -> dict[str, Tensor]:
-    """Return this rank's parts of the tensors of a group, from the entry or, if they are sharded, from the file."""
-    own = named_tensors(module)
-    stored, dtypes = dict(entry[group]), entry["sharded"][group]
-    check_tensors(module, stored, state_key)
-    likes = {_sharded_name(state_key, group, name): own[name].detach().to(getattr(torch, dtype)) for name, dtype in dtypes.items()}
-    parts = load_parts(str(path), likes) if likes else {}
-    return {
-        **{name: part_of(tensor, own[name]) for name, tensor in stored.items()},
-        **{name: parts[_sharded_name(state_key, group, name)] for name in dtypes},
-    }
-
-
 def _check_counts(entry: Mapping[str, Any]) -> None:
     counts = [("ended_epoch", entry["ended_epoch"]), *((key, record[key]) for record in entry["tracks"] for key in _COUNTS)]
     for key, count in counts:
@@ -154,7 +138,3 @@ def _check_counts(entry: Mapping[str, Any]) -> None:
     if any(record["buffers"] not in {"average", "keep"} for record in entry["tracks"]):
         msg = "an unknown treatment of buffers"
         raise ValueError(msg)
-
-
-def _sharded_name(state_key: str, group: str, name: str) -> str:
-    return f"lightning_tricks/{state_key}/{group}/{name}"
