@@ -44,7 +44,7 @@ class OptimizerRecipe(ABC):
 
     @override
     def __repr__(self) -> str:
-        ordered = sorted(fields(self), key=lambda each: each.kw_only)  # what may stand first by position comes first
+        ordered = sorted(fields(self), key=lambda each: each.kw_only is True)  # what may stand first by position comes first
         given = (f"{each.name}={getattr(self, each.name)!r}" for each in ordered if getattr(self, each.name) != _default(each))
         return f"{type(self).__name__}({', '.join(given)})"
 
