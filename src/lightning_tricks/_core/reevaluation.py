@@ -59,7 +59,7 @@ def evaluate_twice(closure: Callable[[], Any], model: nn.Module, move: Callable[
 def _module_behind(closure: Any) -> nn.Module | None:
     """Find the LightningModule that Lightning binds to the closures it hands out."""
     while isinstance(closure, partial):
-        modules = [argument for argument in closure.args if trainer_of(argument) is not None]
+        modules: list[nn.Module] = [argument for argument in closure.args if trainer_of(argument) is not None]
         if modules:
             return modules[0]
         closure = next((argument for argument in closure.args if isinstance(argument, partial)), None)
@@ -70,10 +70,7 @@ def _module_behind(closure: Any) -> nn.Module | None:
 def _untouched_buffers(module: nn.Module) -> Iterator[None]:
     """Give every buffer its values back, and the tensors themselves where they were replaced."""
     kept = [
-        (owner, name, buffer, buffer.clone())
-        for owner in module.modules()
-        for name, buffer in owner._buffers.items()
-        if buffer is not None
+        (owner, name, buffer, buffer.clone()) for owner in module.modules() for name, buffer in owner._buffers.items() if buffer is not None
     ]
     try:
         yield
@@ -119,9 +116,11 @@ class _FirstOutputs:
     """Makes Lightning's record of a step's outputs, which from the second on differ from the first in the loss to differentiate only."""
 
     def __init__(self, kind: Any) -> None:
-        self.kind, self.first = kind, None
+        self.kind = kind
+        self.first: tuple[Any, Any] | None = None
 
     def from_training_step_output(self, output: Any, normalize: int = 1) -> Any:
+        """Make the record, as the class it stands for does."""
         result = self.kind.from_training_step_output(output, normalize)
         if self.first is None:
             self.first = result.loss, result.extra

@@ -28,9 +28,7 @@ __all__ = ["AdaptiveGradientClipping"]
 class AdaptiveClippingOptimizer(TransformingOptimizer):
     """Clips the gradient of each unit by the norm of its weights before each step."""
 
-    def __init__(
-        self, inner: Optimizer, units: list[tuple[nn.Parameter, tuple[int, ...] | None]], max_ratio: float, eps: float
-    ) -> None:
+    def __init__(self, inner: Optimizer, units: list[tuple[nn.Parameter, tuple[int, ...] | None]], max_ratio: float, eps: float) -> None:
         super().__init__(inner)
         self.units, self.max_ratio, self.eps = units, max_ratio, eps
 
@@ -43,7 +41,8 @@ class AdaptiveClippingOptimizer(TransformingOptimizer):
 
 
 def _unit_norms(tensor: Tensor, dimensions: tuple[int, ...] | None) -> Tensor:
-    return torch.linalg.vector_norm(tensor, dim=dimensions, keepdim=dimensions is not None)
+    norms: Tensor = torch.linalg.vector_norm(tensor, dim=dimensions, keepdim=dimensions is not None)
+    return norms
 
 
 def _is_vector(tensor: Tensor) -> bool:

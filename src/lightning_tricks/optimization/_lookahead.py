@@ -44,7 +44,7 @@ class LookaheadOptimizer(WrappingOptimizer):
         super().add_param_group({**param_group, _STEPS: 0})
 
     @override
-    def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Closure | None = None) -> Any:
         unmoved: dict[nn.Parameter, Tensor] = {}
         if closure is None:
             self._note(unmoved)

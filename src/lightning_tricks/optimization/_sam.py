@@ -64,7 +64,7 @@ class SAMOptimizer(WrappingOptimizer):
 
     @override
     @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Closure | None = None) -> Any:
         if closure is None:
             self._check_without_closure()
             return self.inner.step()

@@ -30,7 +30,7 @@ __all__ = ["Closure", "TransformingOptimizer", "WrapperRecipe", "WrappingOptimiz
 Closure = Callable[[], Any]
 
 _UNSUPPORTED: Final = {
-    "FSDPStrategy": "FSDP1 keeps parameters in flat tensors, in which single weights cannot be told apart; FSDP2 (ModelParallelStrategy) works",
+    "FSDPStrategy": "FSDP1 keeps parameters in flat tensors, in which layers cannot be told apart; FSDP2 (ModelParallelStrategy) works",
     "DeepSpeedStrategy": "the engine steps on its own copies of the parameters, and calls the optimizer without a closure",
 }
 
@@ -54,14 +54,14 @@ class WrappingOptimizer(Optimizer, ABC):
     def __init__(self, inner: Optimizer) -> None:
         if any(isinstance(layer, LBFGS) for layer in layers_of(inner)):
             msg = (
-                f"{type(self).__name__} cannot wrap LBFGS, which learns the curvature from changes of weights and gradients that are nobody "
-                "else's. Use LBFGS alone, or wrap another optimizer."
+                f"{type(self).__name__} cannot wrap LBFGS, which learns the curvature from how its own steps change the gradient, and "
+                "takes several evaluations to one step. Use LBFGS alone, or wrap another optimizer."
             )
             raise UnsupportedOptimizerError(msg)
         self.__setstate__({"inner": inner})  # which makes everything that belongs to an optimizer but groups, state and defaults
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The parameter groups of the optimizer inside."""
         return self.inner.param_groups
 
@@ -70,7 +70,7 @@ class WrappingOptimizer(Optimizer, ABC):
         self.inner.param_groups = groups
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         """The state of the optimizer inside."""
         return self.inner.state
 
@@ -79,7 +79,7 @@ class WrappingOptimizer(Optimizer, ABC):
         self.inner.state = state
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
         """The defaults of the optimizer inside."""
         return self.inner.defaults
 
@@ -117,7 +117,8 @@ class WrappingOptimizer(Optimizer, ABC):
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if not name.startswith("_") and name != "step"}  # which schedulers replace
+        # Schedulers replace `step`.
+        return {name: value for name, value in vars(self).items() if not name.startswith("_") and name != "step"}
 
     @override
     def __repr__(self) -> str:
@@ -138,7 +139,7 @@ class TransformingOptimizer(WrappingOptimizer):
         """Change the gradients in place."""
 
     @override
-    def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Closure | None = None) -> Any:
         if closure is not None:
             return self.inner.step(partial(self._evaluate, closure))
         with torch.no_grad():
