@@ -2,18 +2,21 @@
 
 from importlib.metadata import version
 
-from lightning_tricks import errors, functional, optim
+from lightning_tricks import errors, functional, optim, schedules
 from lightning_tricks.averaging._ema import EMA
 from lightning_tricks.averaging._polyak_averaging import PolyakAveraging
 from lightning_tricks.normalization._batch_norm_refresh import BatchNormRefresh
+from lightning_tricks.optimization._optimizer_factory import OptimizerFactory
 
 __all__ = [
     "EMA",
     "BatchNormRefresh",
+    "OptimizerFactory",
     "PolyakAveraging",
     "errors",
     "functional",
     "optim",
+    "schedules",
 ]
 
 __version__ = version("lightning-tricks")

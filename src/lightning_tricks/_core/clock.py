@@ -13,13 +13,13 @@ from torch.optim import Optimizer
 from lightning_tricks.errors import ArgumentError, TrickError, UnsupportedOptimizerError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from torch.utils.hooks import RemovableHandle
 
     from lightning_tricks._core.lightning import Trainer
 
-__all__ = ["Duration", "after_each_step", "plain_duration"]
+__all__ = ["Duration", "FitLength", "after_each_step", "plain_duration"]
 
 _FORM = re.compile(r"(?P<amount>\d+)\s*(?P<unit>steps?|epochs?)|(?P<percent>\d+(?:\.\d+)?)\s*%")
 
@@ -65,9 +65,15 @@ class Duration:
         Raises:
             TrickError: If the fit's length is needed and unknown, as with an iterable data set of no length.
         """
-        if self.unit == "steps":
-            return int(self.amount)
-        whole = self.amount * _steps_per_epoch(trainer) if self.unit == "epochs" else _steps_of_fit(trainer) * self.amount / 100
+        return math.floor(self.of(name, FitLength.of(trainer, [self])) + 1e-9)
+
+    def of(self, name: str, length: FitLength) -> float:
+        """Convert to optimizer steps of a fit, fractions included.
+
+        Raises:
+            TrickError: If the fit's length is needed and unknown.
+        """
+        whole = {"steps": 1.0, "epochs": length.steps_per_epoch, "%": length.steps / 100}[self.unit]
         if math.isinf(whole):
             text = f"{self.amount:g}{'' if self.unit == '%' else ' '}{self.unit}"
             msg = (
@@ -75,7 +81,24 @@ class Duration:
                 "Give a number of steps, or set `max_steps` or `limit_train_batches` of the Trainer."
             )
             raise TrickError(msg)
-        return math.floor(whole + 1e-9)
+        return self.amount * length.steps / 100 if self.unit == "%" else self.amount * whole
+
+
+@dataclass(frozen=True)
+class FitLength:
+    """The optimizer steps of a fit and of one of its epochs; infinite where unknown."""
+
+    steps: float = math.inf
+    steps_per_epoch: float = math.inf
+
+    @classmethod
+    def of(cls, trainer: Trainer, durations: Iterable[Duration]) -> FitLength:
+        """Ask the Trainer for as much as some durations need; it loads its training data for that, if it has not yet."""
+        units = {duration.unit for duration in durations}
+        if units <= {"steps"}:
+            return cls()
+        steps = _steps_of_fit(trainer)  # which makes the number of batches known, too
+        return cls(steps, _steps_per_epoch(trainer) if "epochs" in units else math.inf)
 
 
 def _steps_per_epoch(trainer: Trainer) -> float:
@@ -86,6 +109,8 @@ def _steps_per_epoch(trainer: Trainer) -> float:
 def _steps_of_fit(trainer: Trainer) -> float:
     """Steps of one optimizer over the whole fit; `max_steps` counts those of all optimizers together."""
     total = float(trainer.estimated_stepping_batches)
+    if total < 0:  # what Lightning says of data without a length
+        return math.inf
     return total / max(1, len(trainer.optimizers)) if total == trainer.max_steps else total
 
 

@@ -20,12 +20,17 @@ def check_conflicts(callbacks: Iterable[Callback]) -> None:
 
     Two tricks may not share a state key, since their checkpoints and logs would collide. Only one callback, Lightning's own
     included, may replace the weights used for evaluation, and only one the statistics of normalization layers; Lightning's averages
-    replace both. What a trick follows from step to step, no other callback may replace.
+    replace both. What a trick follows from step to step, no other callback may replace. Only one callback may take over
+    `configure_optimizers`.
 
     Raises:
         TrickConflictError: Naming both callbacks and the way out.
     """
     callbacks = list(callbacks)
+    builders = [callback for callback in callbacks if getattr(callback, "configures_optimizers", False)]
+    if len(builders) > 1:
+        msg = f"{builders[0]!r} and {builders[1]!r} both take over `configure_optimizers`. Keep one."
+        raise TrickConflictError(msg)
     keys: dict[str, Callback] = {}
     for callback in callbacks:
         if not hasattr(callback, "evaluation_owner"):

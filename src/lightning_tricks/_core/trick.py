@@ -59,6 +59,11 @@ class Trick(Callback, ABC):
         return False
 
     @property
+    def configures_optimizers(self) -> bool:
+        """Whether this trick takes over the module's `configure_optimizers`."""
+        return False
+
+    @property
     def log_prefix(self) -> str:
         """First part of the trick's log keys: ``ema`` for EMA(), ``ema_slow`` for EMA(name='slow')."""
         words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", type(self).__name__).lower()

@@ -11,14 +11,15 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from difflib import get_close_matches
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, ClassVar, Final, Literal, TypeVar
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_tricks._core.checks import check_choice, check_in_interval
-from lightning_tricks._core.lightning import override
+from lightning_tricks._core.lightning import LightningModule, override
+from lightning_tricks._core.schedule import Schedule
 from lightning_tricks.errors import ArgumentError
 from lightning_tricks.optimization._groups import KINDS, Kind, ParameterGroup, group_parameters
 from lightning_tricks.optimization._implementation import IMPLEMENTATIONS, implementation_options
@@ -42,6 +43,27 @@ class OptimizerRecipe(ABC):
     def groups(self, model: nn.Module) -> list[ParameterGroup]:
         """Return the parameter groups that `build` would make."""
 
+    def attach(self, module: _Module, *, schedule: Schedule | None = None) -> _Module:
+        """Let a LightningModule train with this recipe under any Trainer, without a callback in the Trainer's list.
+
+        Lightning refuses a module that has no `configure_optimizers` before it asks any callback. This gives it one, and lets it
+        bring the `OptimizerFactory` along that does the rest. A `configure_optimizers` that its class has is left aside.
+
+        Args:
+            module: The module, changed in place.
+            schedule: What multiplies the base learning rates; None = they stay as they are.
+
+        Returns:
+            The module.
+
+        Raises:
+            ArgumentError: If `schedule` is no schedule.
+            TrickConflictError: If something has been attached before. When a fit begins, if the Trainer has an `OptimizerFactory`, too.
+        """
+        from lightning_tricks.optimization._optimizer_factory import attach  # noqa: PLC0415  # which imports this file
+
+        return attach(module, self, schedule)
+
     @override
     def __repr__(self) -> str:
         ordered = sorted(fields(self), key=lambda each: each.kw_only is True)  # what may stand first by position comes first
@@ -53,6 +75,7 @@ def _default(each: Field[Any]) -> Any:
     return each.default if each.default_factory is MISSING else each.default_factory()
 
 
+_Module = TypeVar("_Module", bound=LightningModule)
 _OURS: Final = frozenset({"decayed", "overrides", "implementation"})  # fields that are no options of the optimizer
 
 
