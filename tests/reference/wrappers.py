@@ -67,7 +67,12 @@ def centralized(gradient: Tensor) -> Tensor:
 
 
 def schedule_free(
-    weights: Sequence[Tensor], gradient: Gradient, step: Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]], *, beta: float, steps: int
+    weights: Sequence[Tensor],
+    gradient: Gradient,
+    step: Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]],
+    *,
+    beta: float,
+    steps: int,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Defazio et al. 2024, equations 3 to 5, at a constant rate: return x and y."""
     x = z = [w.double() for w in weights]

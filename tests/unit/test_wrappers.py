@@ -277,7 +277,9 @@ def test_optimizers_that_make_their_state_at_the_first_step_become_schedule_free
     torch.testing.assert_close([p.detach() for p in model.parameters()], [each.detach() for each in x])
 
 
-@pytest.mark.parametrize("recipe", [optim.SGD(lr=0.1), optim.AdamW(lr=0.01), Other(torch.optim.RMSprop, 0.01)], ids=["SGD", "AdamW", "RMSprop"])
+@pytest.mark.parametrize(
+    "recipe", [optim.SGD(lr=0.1), optim.AdamW(lr=0.01), Other(torch.optim.RMSprop, 0.01)], ids=["SGD", "AdamW", "RMSprop"]
+)
 def test_evaluating_in_between_changes_nothing(recipe):
     """The package comes back from the average by arithmetic, which rounds."""
     model, twin = make(), make()
@@ -367,7 +369,9 @@ def test_copies_and_pickles_go_on_like_the_original(wrap):
     copies = [copy.deepcopy((model, optimizer)), pickle.loads(pickle.dumps((model, optimizer)))]  # noqa: S301
     train(model, optimizer, 4, 4)
     for again, resumed in copies:
-        assert resumed.param_groups[0]["params"][0] is next(p for p in again.parameters() if p.shape == resumed.param_groups[0]["params"][0].shape)
+        assert resumed.param_groups[0]["params"][0] is next(
+            p for p in again.parameters() if p.shape == resumed.param_groups[0]["params"][0].shape
+        )
         train(again, resumed, 4, 4)
         assert_equal(weights(again), weights(model))
 
@@ -430,7 +434,7 @@ def test_repr_evaluates_back_and_the_recipe_pickles(wrap):
 @pytest.mark.parametrize("wrap", [wrap for name, wrap in WRAPPERS.items() if "SAM" not in name and name != "nested"])
 @pytest.mark.parametrize("implementation", ["fused", "foreach"])
 def test_a_gradient_scaler_skips_steps_with_infinite_gradients_and_unscales_the_others(wrap, implementation):
-    """Fused optimizers would unscale and skip inside their kernel; wrapped, they leave it to the scaler, so that clipping sees true values."""
+    """Fused optimizers would unscale and skip inside their kernel; wrapped, they leave it to the scaler."""
     model, twin = make(), make()
     optimizer, plain = (wrap(optim.SGD(lr=0.1, momentum=0.9, implementation=implementation)).build(each) for each in (model, twin))
     scaler, steps = torch.amp.GradScaler("cpu", init_scale=2.0**8), []

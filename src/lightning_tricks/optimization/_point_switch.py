@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from lightning_tricks._core.checkpoint import read_entry, write_entry
 from lightning_tricks._core.lightning import LightningModule, Trainer, override
 from lightning_tricks._core.state_dicts import laid_out, put_beside, read_beside, replaced
 from lightning_tricks._core.strategies import is_sharded, own_part, return_to_shards
@@ -38,7 +37,7 @@ class PointSwitch(SwappingTrick):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if stage == "fit":
+        if stage == "fit" and self.evaluation_owner:
             self._deployment.wrap(trainer.strategy, "lightning_module_state_dict", partial(self._deploying, trainer))
 
     @override
@@ -69,21 +68,23 @@ class PointSwitch(SwappingTrick):
                 return_to_shards(pl_module)
                 optimizer.train()
 
-    @override
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        trained, likes = _by_name(pl_module, [optimizer.trained() for optimizer in _schedule_free(trainer)])
+    def _pack_points(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """Return what resuming needs of y, for this callback's entry in a checkpoint. All ranks must call this together."""
+        optimizers = _schedule_free(trainer)
+        if not optimizers:
+            return {}
+        trained, likes = _by_name(module, [optimizer.trained() for optimizer in optimizers])
         sharded = is_sharded(checkpoint["state_dict"])
         tensors = laid_out(trained, likes, sharded=sharded)
         dtypes = put_beside(checkpoint["state_dict"], tensors, "trained", self.state_key) if sharded else {}
-        write_entry(checkpoint, self.state_key, repr(self), {"trained": {} if sharded else tensors, "sharded": {"trained": dtypes}})
+        return {"trained": {} if sharded else tensors, "sharded": {"trained": dtypes}}
 
-    @override
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        entry = read_entry(checkpoint, self.state_key)
-        if trainer.state.fn == "fit" and entry is not None:
-            return_to_shards(pl_module)
-            trained = read_beside(entry, "trained", pl_module, trainer.ckpt_path, self.state_key)
-            own = named_tensors(pl_module)
+    def _unpack_points(self, trainer: Trainer, module: LightningModule, entry: Mapping[str, Any]) -> None:
+        """Let the module, which has been given x, hold y."""
+        if "trained" in entry:
+            return_to_shards(module)
+            trained = read_beside(entry, "trained", module, trainer.ckpt_path, self.state_key)
+            own = named_tensors(module)
             copy_([own_part(own[name].detach()) for name in trained], list(trained.values()))
 
     def _deploying(self, trainer: Trainer, state_dict: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:

@@ -21,10 +21,11 @@ from lightning_tricks._core.checks import check_in_interval
 from lightning_tricks._core.lightning import callbacks_of, override, trainer_of
 from lightning_tricks.errors import ArgumentError, TrickError
 from lightning_tricks.optimization._point_switch import PointSwitch
+from lightning_tricks.optimization._recipe import OptimizerRecipe
 from lightning_tricks.optimization._schedule_free_points import GeneralOptimizer, PackagedOptimizer
 from lightning_tricks.optimization._wrapping import WrapperRecipe
 
-__all__ = ["ScheduleFree"]
+__all__ = ["ScheduleFree", "is_schedule_free"]
 
 _PACKAGED: Final = {SGD: "SGDScheduleFree", Adam: "AdamWScheduleFree", AdamW: "AdamWScheduleFree", RAdam: "RAdamScheduleFree"}
 _WITHOUT_COUNTERPART: Final = ("nesterov", "dampening", "amsgrad", "maximize")  # options that the package's optimizers do not have
@@ -133,3 +134,14 @@ class ScheduleFree(WrapperRecipe):
                 "`AdamW`, or `decoupled_weight_decay=True` where there is one."
             )
             raise ArgumentError(msg)
+
+
+def is_schedule_free(recipe: OptimizerRecipe) -> bool:
+    """Tell whether a recipe, or one inside it, is schedule-free.
+
+    Example:
+        >>> from lightning_tricks import optim
+        >>> is_schedule_free(optim.SAM(ScheduleFree(optim.SGD()))), is_schedule_free(optim.SGD())
+        (True, False)
+    """
+    return isinstance(recipe, ScheduleFree) or (isinstance(recipe, WrapperRecipe) and is_schedule_free(recipe.recipe))
