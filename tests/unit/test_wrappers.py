@@ -518,7 +518,7 @@ def test_sam_refuses_closures_that_accumulate(by, set_to_none):
         return loss
 
     optimizer.step(closure)  # there was nothing to add to
-    with pytest.raises(errors.UnsupportedOptimizerError, match="must clear the gradients before backward"):
+    with pytest.raises(errors.UnsupportedOptimizerError, match="must clear the gradients and compute them anew"):
         optimizer.step(closure)
     if by == "optimizer" or set_to_none:
         owner = optimizer if by == "optimizer" else model

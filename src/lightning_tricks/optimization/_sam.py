@@ -78,9 +78,9 @@ class SAMOptimizer(WrappingOptimizer):
         """Move the weights to the worst point nearby, and return what moves them back."""
         if not self._cleared and any(parameter.grad is gradient for parameter, gradient in earlier):
             msg = (
-                "SAM evaluates each gradient twice, so the closure must clear the gradients before backward, and it added to those of an "
-                "earlier batch. Under Lightning that is so with `accumulate_grad_batches` > 1: take larger batches instead. In a closure "
-                "of yours, call `optimizer.zero_grad()` first."
+                "SAM evaluates each gradient twice, so the closure must clear the gradients and compute them anew, and it kept those of an "
+                "earlier batch. Under Lightning that is so with `accumulate_grad_batches` > 1: take larger batches instead. In manual "
+                "optimization, call `optimizer.step(closure)` with a closure that begins with `optimizer.zero_grad()`."
             )
             raise UnsupportedOptimizerError(msg)
         gradients = self.gradients
@@ -105,7 +105,7 @@ class SAMOptimizer(WrappingOptimizer):
         if gradients and total_norm(gradients):  # where all gradients vanish, so does the perturbation
             msg = (
                 "SAM needs a closure that evaluates loss and gradient a second time, and `step` was called without one. A gradient scaler "
-                "does so: take `precision='bf16-mixed'` instead of '16-mixed'. In manual optimization, call `optimizer.step(closure)`."
+                "does so: take `precision='bf16-mixed'` instead of '16-mixed'. In your own loop, call `optimizer.step(closure)`."
             )
             raise UnsupportedOptimizerError(msg)
 
