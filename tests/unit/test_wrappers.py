@@ -388,6 +388,12 @@ def test_state_dict_hooks_belong_to_the_wrapper(wrap):
 
 
 @every
+def test_state_is_empty_before_the_first_step(wrap):
+    """By this, torch's distributed checkpoints know that the state must be made before it can be loaded."""
+    assert not wrap(optim.AdamW(lr=0.01)).build(make()).state
+
+
+@every
 def test_parameters_can_join_later(wrap):
     model, late = make(), nn.Parameter(torch.ones(3))
     optimizer = wrap(optim.SGD(lr=0.1, momentum=0.9)).build(model)

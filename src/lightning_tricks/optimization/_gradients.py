@@ -6,12 +6,18 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed import ReduceOp, all_reduce
+from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils import get_total_norm
 
+from lightning_tricks._core.strategies import own_part
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor.placement_types import Placement
 
 __all__ = ["dimensions_of_units", "total_norm"]
 
@@ -23,12 +29,35 @@ def total_norm(tensors: Sequence[Tensor], order: float = 2.0) -> Tensor:
         >>> total_norm([torch.tensor([3.0]), torch.tensor([[0.0, 4.0]])])
         tensor(5.)
     """
-    by_mesh: dict[object, list[Tensor]] = {}
+    by_layout: dict[tuple[DeviceMesh, tuple[Placement, ...]] | None, list[Tensor]] = {}
     for tensor in tensors:
-        by_mesh.setdefault(tensor.device_mesh if isinstance(tensor, DTensor) else None, []).append(tensor)
-    norms = [get_total_norm(members, order) for members in by_mesh.values()]
-    wholes = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    return wholes[0] if len(wholes) == 1 else torch.linalg.vector_norm(torch.stack(wholes), order)
+        summed = _summed(tensor)
+        layout = (summed.device_mesh, summed.placements) if isinstance(summed, DTensor) else None
+        by_layout.setdefault(layout, []).append(own_part(summed))
+    norms = [_norm_of_parts(parts, layout, order) for layout, parts in by_layout.items()]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), order)
+
+
+def _summed(tensor: Tensor) -> Tensor:
+    """Add up what ranks hold as summands."""
+    if not isinstance(tensor, DTensor) or not any(placement.is_partial() for placement in tensor.placements):
+        return tensor
+    return tensor.redistribute(placements=[Replicate() if placement.is_partial() else placement for placement in tensor.placements])
+
+
+def _norm_of_parts(parts: list[Tensor], layout: tuple[DeviceMesh, tuple[Placement, ...]] | None, order: float) -> Tensor:
+    filled = [part for part in parts if part.numel()]
+    norm = get_total_norm(filled, order) if filled else parts[0].new_zeros(())
+    if layout is None:
+        return norm
+    mesh, placements = layout
+    largest = order == float("inf")
+    norm = norm.to(torch.promote_types(norm.dtype, torch.float32))
+    combined = norm if largest else norm**order
+    for dimension, placement in enumerate(placements):
+        if not placement.is_replicate():
+            all_reduce(combined, ReduceOp.MAX if largest else ReduceOp.SUM, mesh.get_group(dimension))
+    return combined if largest else combined ** (1 / order)
 
 
 def dimensions_of_units(model: nn.Module, parameters: Iterable[nn.Parameter]) -> list[tuple[nn.Parameter, tuple[int, ...]]]:

@@ -79,9 +79,14 @@ class ScheduleFreeOptimizer(WrappingOptimizer):
 class PackagedOptimizer(ScheduleFreeOptimizer):
     """One of the schedulefree package's optimizers, which is left in training mode all the time."""
 
-    def __init__(self, inner: Any) -> None:
-        inner.train()
+    def __init__(self, inner: Optimizer) -> None:
         super().__init__(inner)
+        for group in self.param_groups:
+            group["train_mode"] = True  # without `train`, which leaves empty states, as if there had been a step
+
+    @override
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group({**param_group, "train_mode": True})
 
     @override
     def _beta(self, group: dict[str, Any]) -> float:
