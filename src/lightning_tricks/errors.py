@@ -10,6 +10,7 @@ from lightning_tricks._core.lightning import MisconfigurationException
 __all__ = [
     "ArgumentError",
     "CheckpointError",
+    "MissingPackageError",
     "NothingMatchedError",
     "TrickConflictError",
     "TrickError",
@@ -44,3 +45,7 @@ class UnsupportedOptimizerError(TrickError, MisconfigurationException):
 
 class CheckpointError(TrickError, RuntimeError):
     """A checkpoint, or its record of a trick, is missing, damaged or does not fit; nothing of it was loaded."""
+
+
+class MissingPackageError(TrickError, ImportError):
+    """An optional package is not installed, or too old for what was asked of it."""

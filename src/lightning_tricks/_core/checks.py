@@ -18,6 +18,7 @@ __all__ = [
     "check_in_interval",
     "check_in_unit_interval",
     "check_name",
+    "check_pair",
     "check_patterns",
     "check_precise_dtype",
     "check_tensors",
@@ -43,6 +44,17 @@ def check_in_interval(name: str, value: float, interval: str) -> float:
         msg = f"`{name}` must lie in {interval}, got {value!r}."
         raise ArgumentError(msg)
     return value
+
+
+def check_pair(name: str, value: Sequence[float], intervals: tuple[str, str]) -> tuple[float, float]:
+    """Accept two numbers, each in its interval; a list, as YAML has it, becomes a tuple."""
+    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2:
+        msg = f"`{name}` must be two numbers, in {intervals[0]} and {intervals[1]}, got {value!r}."
+        raise ArgumentError(msg)
+    first, second = (
+        check_in_interval(f"{name}[{i}]", each, interval) for i, (each, interval) in enumerate(zip(value, intervals, strict=True))
+    )
+    return first, second
 
 
 def check_bool(name: str, value: bool) -> bool:

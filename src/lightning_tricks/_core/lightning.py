@@ -40,6 +40,7 @@ __all__ = [
     "rank_zero_info",
     "rank_zero_warn",
     "rng_states",
+    "scales_gradients",
     "set_rng_states",
     "trainer_of",
 ]
@@ -147,3 +148,9 @@ def set_rng_states(states: dict[str, Any]) -> None:
 def logs_now(trainer: Trainer) -> bool:
     """Tell whether the Trainer hands this training step's metrics to its loggers."""
     return bool(trainer.loggers) and trainer._logger_connector.should_update_logs
+
+
+def scales_gradients(module: object) -> bool:
+    """Tell whether the Trainer of a LightningModule scales gradients, as it does in float16."""
+    plugin = getattr(getattr(module, "_trainer", None), "precision_plugin", None)
+    return getattr(plugin, "scaler", None) is not None

@@ -80,7 +80,7 @@ class AdaptiveGradientClipping(WrapperRecipe):
     Example:
         >>> from lightning_tricks import optim
         >>> optim.AdaptiveGradientClipping(optim.SGD(lr=0.1, momentum=0.9), exclude="head")
-        AdaptiveGradientClipping(recipe=SGD(lr=0.1, momentum=0.9), exclude='head')
+        AdaptiveGradientClipping(SGD(lr=0.1, momentum=0.9), exclude='head')
     """
 
     _: KW_ONLY

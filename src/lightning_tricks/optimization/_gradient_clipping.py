@@ -124,7 +124,7 @@ class ClipValue(WrapperRecipe):
     Example:
         >>> from lightning_tricks import optim
         >>> optim.ClipValue(optim.SGD(lr=0.1), max_value=0.5)
-        ClipValue(recipe=SGD(lr=0.1), max_value=0.5)
+        ClipValue(SGD(lr=0.1), max_value=0.5)
     """
 
     _: KW_ONLY

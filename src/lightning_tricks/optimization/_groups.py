@@ -1,61 +1,36 @@
-"""Parameter groups, decided by who owns a parameter.
-
-Weight decay belongs on the matrices of a network: the weights of linear, convolutional, recurrent, attention and bilinear layers
-(He et al., "Bag of Tricks for Image Classification with Convolutional Neural Networks", CVPR 2019). Rules that guess these from a
-tensor's rank or from words in its name decay two-dimensional layer scales and class tokens, and lose a model's own exemptions as soon
-as the model sits inside another module. The rule here asks the module that owns the parameter. It gives the same answer inside a
-LightningModule, under ``torch.compile`` and where a strategy has flattened or emptied the tensors.
-"""
+"""Parameter groups: every trainable parameter in exactly one, with the options that its owner, its name and its layer give it."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.rnn import RNNCellBase
-from torch.nn.utils.parametrize import ParametrizationList
+from torch.optim import Optimizer
 
 from lightning_tricks._core.selection import matches
-from lightning_tricks.errors import NothingMatchedError
+from lightning_tricks.errors import NothingMatchedError, UnsupportedOptimizerError
+from lightning_tricks.optimization._layers import given_layers, inferred_layers
+from lightning_tricks.optimization._owners import KINDS, Kind, Owned, clean_name, kind_of, owned_parameters
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable
 
-__all__ = ["KINDS", "Kind", "Owned", "ParameterGroup", "group_parameters", "owned_parameters"]
-
-Kind: TypeAlias = Literal["matrix", "embedding", "norm", "bias", "other"]
-KINDS: Final = ("matrix", "embedding", "norm", "bias", "other")
-
-_MATRIX_OWNERS: Final = (nn.Linear, _ConvNd, nn.RNNBase, RNNCellBase, nn.MultiheadAttention, nn.Bilinear)
-_FOREIGN_MATRIX_OWNERS: Final = frozenset({"transformers.pytorch_utils.Conv1D"})  # GPT-2's linear layer, which is no nn.Linear
-_EMBEDDINGS: Final = (nn.Embedding, nn.EmbeddingBag)
-# The weights themselves, also when weight_norm (`_v`), spectral_norm or pruning (`_orig`) keep them under another name.
-_MATRIX: Final = re.compile(r"(weight(_(ih|hh|hr)(_l\d+(_reverse)?)?)?|(in|q|k|v)_proj_weight)(_v|_orig)?")
-_BIAS: Final = re.compile(r"(.+_)?bias(_.+)?")
-_WRAPPERS: Final = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(\.|$)")
-
-
-@dataclass(frozen=True)
-class Owned:
-    """A parameter and what its owners say of it.
-
-    Attributes:
-        parameter: The parameter.
-        names: Its qualified names without those of wrappers; a tied parameter has several.
-        kind: What it is to its owner. A tied parameter is a matrix only if it is one to all its owners.
-        exempt: Whether a module's own `no_weight_decay` names it.
-    """
-
-    parameter: nn.Parameter
-    names: tuple[str, ...]
-    kind: Kind
-    exempt: bool
+__all__ = [
+    "KINDS",
+    "Kind",
+    "Owned",
+    "ParameterGroup",
+    "check_complete",
+    "check_globs",
+    "clean_name",
+    "group_parameters",
+    "kind_of",
+    "owned_parameters",
+]
 
 
 @dataclass(frozen=True)
@@ -77,143 +52,92 @@ class ParameterGroup:
         return {"params": list(self.parameters), **self.options}
 
 
-def owned_parameters(model: nn.Module) -> list[Owned]:
-    """Return every parameter of a model once, frozen ones included, with what its owners say of it.
-
-    The answer depends on the types and names of modules alone, never on the shape of a tensor, so that lazy, flattened, emptied and
-    sharded parameters are judged as the plain ones would be.
-
-    Example:
-        >>> [(owned.names, owned.kind) for owned in owned_parameters(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)))]
-        [(('0.weight',), 'matrix'), (('0.bias',), 'bias'), (('1.weight',), 'norm'), (('1.bias',), 'norm')]
-    """
-    exempt = _exemptions(model)
-    found: dict[int, tuple[nn.Parameter, dict[str, Kind]]] = {}
-    for name, parameter, kind in _walk(model):
-        found.setdefault(id(parameter), (parameter, {}))[1][name] = kind
-    return [
-        Owned(
-            parameter,
-            tuple(kinds),
-            next((kind for kind in kinds.values() if kind != "matrix"), "matrix"),
-            any(_named_by(name, exempt) for name in kinds),
-        )
-        for parameter, kinds in found.values()
-    ]
-
-
-def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Kind]]:
-    """Yield every parameter under every name it has."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for path, module in modules.items():
-        for local, parameter in module._parameters.items():
-            if parameter is not None:
-                name = f"{path}.{local}" if path else local
-                if isinstance(module, ParametrizationList):
-                    # `layer.parametrizations.weight.original` is the weight of `layer`.
-                    holder, _, tensor = path.rpartition(".")
-                    owner = modules[holder.rpartition(".")[0]]
-                    # Of weight_norm's two parts, the first is the magnitude.
-                    magnitude = type(module[0]).__name__ == "_WeightNorm" and local == "original0"
-                    yield _clean(name), parameter, "other" if magnitude else kind_of(owner, tensor)
-                else:
-                    yield _clean(name), parameter, kind_of(module, local)
-
-
-def kind_of(owner: nn.Module, name: str) -> Kind:
-    """Return what a parameter is to the module that owns it under this name.
-
-    Example:
-        >>> kind_of(nn.Conv2d(3, 8, 3), "weight"), kind_of(nn.LSTM(2, 2), "bias_hh_l0"), kind_of(nn.BatchNorm2d(8), "bias")
-        ('matrix', 'bias', 'norm')
-    """
-    ancestry = type(owner).__mro__
-    if isinstance(owner, _MATRIX_OWNERS) or any(f"{kind.__module__}.{kind.__qualname__}" in _FOREIGN_MATRIX_OWNERS for kind in ancestry):
-        if _MATRIX.fullmatch(name):
-            return "matrix"
-    elif isinstance(owner, _EMBEDDINGS):
-        return "embedding"
-    elif any("norm" in kind.__name__.lower() for kind in ancestry):
-        return "norm"
-    return "bias" if _BIAS.fullmatch(name) else "other"
-
-
-def _clean(name: str) -> str:
-    """Remove the names that wrappers put into a parameter's name."""
-    return _WRAPPERS.sub("", name)
-
-
-def _exemptions(model: nn.Module) -> set[str]:
-    """Return the names that modules exempt by a method `no_weight_decay`, wherever in the model these modules sit."""
-    found: set[str] = set()
-    for path, module in model.named_modules(remove_duplicate=False):
-        listed = getattr(module, "no_weight_decay", None)
-        names = listed() if callable(listed) else listed
-        prefix = _clean(f"{path}.") if path else ""
-        found |= {prefix + _clean(name) for name in names or ()}
-    return found
-
-
-def _named_by(name: str, exempt: set[str]) -> bool:
-    """Tell whether a list names a parameter, a module that holds it, or either by a glob."""
-    parts = name.split(".")
-    spans = {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
-    return not spans.isdisjoint(exempt) or any(fnmatchcase(name, pattern) for pattern in exempt if "*" in pattern)
-
-
 def group_parameters(
     model: nn.Module,
-    options: Mapping[str, Any],
+    options_of: Callable[[Owned], Mapping[str, Any]],
     *,
     decayed: Sequence[Kind] = ("matrix",),
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    layer_decay: float | None = None,
+    layers: Sequence[str] | None = None,
     who: str,
 ) -> list[ParameterGroup]:
     """Divide a model's trainable parameters into groups that share all options; each parameter is in exactly one.
 
     Args:
         model: The model.
-        options: What holds where nothing else is said, such as ``lr`` and ``weight_decay``.
+        options_of: What holds for a parameter where nothing else is said, such as ``lr`` and ``weight_decay``.
         decayed: The kinds of parameters that decay; all others get ``weight_decay=0``.
         overrides: Globs over qualified names, each with options for what it matches; the last glob that sets an option wins.
+        layer_decay: Factor on ``lr`` from each layer to the one before it.
+        layers: Globs over qualified names, one for each layer; None infers the layers.
         who: What asks, for errors.
 
     Returns:
         The groups, in the order of their first parameters.
 
     Raises:
-        NothingMatchedError: If there is no trainable parameter, or a glob matches none of the parameters.
+        NothingMatchedError: If there is no trainable parameter, a glob matches none of the parameters, or a parameter has no layer.
     """
     everything = owned_parameters(model)
     overrides = overrides or {}
-    _check_patterns(overrides, everything, who)
+    check_globs("overrides", overrides, everything, who)
+    check_globs("layers", layers or (), everything, who)
+    trained = [owned for owned in everything if owned.parameter.requires_grad]
+    if not trained:
+        why = (
+            f"all {len(everything)} are frozen (`requires_grad=False`). Thaw some" if everything else "it has none. Build its layers first"
+        )
+        msg = f"{who} found no trainable parameter in {type(model).__name__}: {why}."
+        raise NothingMatchedError(msg)
+    factors = [1.0] * len(trained)
+    if layer_decay is not None:
+        found = given_layers(trained, layers, who) if layers else inferred_layers(model, trained, who)
+        factors = [layer_decay ** (max(found) - layer) for layer in found]
     groups: dict[tuple[Any, ...], tuple[Mapping[str, Any], list[Owned]]] = {}
-    for owned in everything:
-        if not owned.parameter.requires_grad:
-            continue
-        chosen = dict(options)
-        if "weight_decay" in options and (owned.exempt or owned.kind not in decayed):
-            chosen["weight_decay"] = 0.0
+    for owned, factor in zip(trained, factors, strict=True):
+        options = dict(options_of(owned))
+        if factor != 1:
+            options["lr"] *= factor
+        if options.get("weight_decay") and (owned.exempt or owned.kind not in decayed):
+            options["weight_decay"] = 0.0
         for pattern, changes in overrides.items():
             if any(matches(name, pattern) for name in owned.names):
-                chosen |= changes
-        groups.setdefault(tuple(sorted(chosen.items())), (chosen, []))[1].append(owned)
-    if not groups:
-        why = f"all {len(everything)} are frozen (`requires_grad=False`)" if everything else "it has none"
-        msg = f"{who} found no trainable parameter in {type(model).__name__}: {why}. Thaw some, or build the layers first."
-        raise NothingMatchedError(msg)
+                options |= changes
+        groups.setdefault(tuple(options.items()), (options, []))[1].append(owned)
     return [
-        ParameterGroup(chosen, tuple(owned.names[0] for owned in members), tuple(owned.parameter for owned in members))
-        for chosen, members in groups.values()
+        ParameterGroup(options, tuple(owned.names[0] for owned in members), tuple(owned.parameter for owned in members))
+        for options, members in groups.values()
     ]
 
 
-def _check_patterns(patterns: Mapping[str, Any], everything: Sequence[Owned], who: str) -> None:
+def check_globs(argument: str, globs: Iterable[str], everything: Sequence[Owned], who: str) -> None:
+    """Check that each glob of an argument matches some parameter, trainable or not.
+
+    Raises:
+        NothingMatchedError: If one does not; the error names what it may have meant.
+    """
     names = [name for owned in everything for name in owned.names]
-    for pattern in patterns:
-        if not any(matches(name, pattern) for name in names):
-            parents = dict.fromkeys(".".join(name.split(".")[:end]) for name in names for end in range(1, name.count(".") + 2))
-            close = get_close_matches(pattern.rstrip(".*"), [*parents, *(part for name in names for part in name.split("."))], n=1)
+    for glob in globs:
+        if not any(matches(name, glob) for name in names):
+            holders = dict.fromkeys(".".join(name.split(".")[:end]) for name in names for end in range(1, name.count(".") + 2))
+            close = get_close_matches(glob.rstrip(".*"), [*holders, *(part for name in names for part in name.split("."))], n=1)
             hint = f"Did you mean {close[0]!r}?" if close else f"Names look like {', '.join(map(repr, names[:3]))}."
-            msg = f"{who}: `overrides[{pattern!r}]` matched none of the {len(names)} parameters. {hint}"
+            msg = f"{who}: {glob!r} in `{argument}` matched none of the {len(names)} parameters. {hint}"
             raise NothingMatchedError(msg)
+
+
+def check_complete(optimizer: Optimizer, model: nn.Module) -> None:
+    """Check that an optimizer holds every trainable parameter of a model exactly once.
+
+    Raises:
+        UnsupportedOptimizerError: If it does not; the error names a parameter.
+    """
+    held = Counter(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and held[id(parameter)] != 1:
+            msg = (
+                f"{type(optimizer).__name__} must hold every trainable parameter in exactly one group, and holds {clean_name(name)!r} "
+                f"{held[id(parameter)]} times. Use another optimizer, or freeze the parameter."
+            )
+            raise UnsupportedOptimizerError(msg)

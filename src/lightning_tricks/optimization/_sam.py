@@ -149,7 +149,7 @@ class SAM(WrapperRecipe):
     Example:
         >>> from lightning_tricks import optim
         >>> optim.SAM(optim.SGD(lr=0.1, momentum=0.9), rho=0.1)
-        SAM(recipe=SGD(lr=0.1, momentum=0.9), rho=0.1)
+        SAM(SGD(lr=0.1, momentum=0.9), rho=0.1)
     """
 
     _: KW_ONLY

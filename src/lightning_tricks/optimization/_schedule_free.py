@@ -71,7 +71,7 @@ class ScheduleFree(WrapperRecipe):
     Example:
         >>> from lightning_tricks import optim
         >>> optim.ScheduleFree(optim.AdamW(lr=3e-3, weight_decay=0.05))
-        ScheduleFree(recipe=AdamW(lr=0.003, weight_decay=0.05))
+        ScheduleFree(AdamW(lr=0.003, weight_decay=0.05))
     """
 
     _: KW_ONLY

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -184,6 +184,11 @@ class WrapperRecipe(OptimizerRecipe):
         if name in self.clashes:
             msg = f"{type(self).__name__} cannot wrap {name}: {self.clashes[name]}."
             raise ArgumentError(msg)
+
+    @override
+    def __repr__(self) -> str:
+        options = (f"{each.name}={value!r}" for each in fields(self)[1:] if (value := getattr(self, each.name)) != each.default)
+        return f"{type(self).__name__}({', '.join([repr(self.recipe), *options])})"
 
     @override
     def groups(self, model: nn.Module) -> list[ParameterGroup]:
