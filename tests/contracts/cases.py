@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 import lightning_tricks as lt
 from contracts.harness import Net
+from lightning_tricks import optim, schedules
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -112,6 +115,33 @@ CASES = [
             "neutral": "statistics that are never measured anew are those of a run without the callback; it must not disturb training",
             "tensor parallel": "the model of that check has no BatchNorm, which tensor parallelism does not split",
             "one process": "an unbiased variance changes by a factor of (n - 1)/(n - 1/2) when every value counts twice",
+            "remove": "a callback that changes no module has nothing to remove",
+        },
+    ),
+    Case(
+        lt.OptimizerFactory,
+        acting={"recipe": optim.SGD(lr=0.1, momentum=0.9, nesterov=True), "schedule": schedules.Cosine(warmup=3)},
+        # What Net configures by itself.
+        neutral={
+            "recipe": optim.SGD(lr=0.05, momentum=0.9, implementation="for-loop"),
+            "schedule": schedules.Step(factor=0.9, every="2 epochs"),
+        },
+        wrong=(
+            ({"recipe": "adamw"}, "`recipe` must be an optimizer recipe, such as `optim.AdamW(lr=1e-3)`, got 'adamw'."),
+            ({"recipe": torch.optim.SGD}, "got <class 'torch.optim.sgd.SGD'>"),
+            ({"recipe": optim.SGD(), "schedule": 0.5}, "`schedule` must be a schedule, such as `schedules.Cosine()`, or None"),
+            ({"recipe": optim.SGD(), "name": "two words"}, "`name` must be a word"),
+        ),
+        nothing_matched=(
+            (
+                {"recipe": optim.SGD(overrides={"hed.*": {"lr": 0.1}})},
+                "`overrides['hed.*']` matched none of the 11 parameters. Did you mean 'head'?",
+            ),
+        ),
+        skips={
+            "lends": "an optimizer changes the weights themselves, and evaluations see what was trained",
+            "pooled": "an optimizer leaves BatchNorm's statistics to each rank, as training does",
+            "refused": "the optimizer is built on whatever parameters a strategy makes, so it works under all of them",
             "remove": "a callback that changes no module has nothing to remove",
         },
     ),

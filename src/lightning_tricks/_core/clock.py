@@ -60,7 +60,7 @@ class Duration:
         return duration
 
     def steps(self, name: str, trainer: Trainer) -> int:
-        """Convert to optimizer steps once the Trainer knows its data, that is from `on_fit_start` on.
+        """Convert to optimizer steps once the Trainer knows its data, that is from `on_train_start` on.
 
         Raises:
             TrickError: If the fit's length is needed and unknown, as with an iterable data set of no length.
@@ -93,7 +93,10 @@ class FitLength:
 
     @classmethod
     def of(cls, trainer: Trainer, durations: Iterable[Duration]) -> FitLength:
-        """Ask the Trainer for as much as some durations need; it loads its training data for that, if it has not yet."""
+        """Ask the Trainer for as much as some durations need, from `on_train_start` on.
+
+        Asked earlier, Lightning would load the training data, and a loader's saved state would not be restored.
+        """
         units = {duration.unit for duration in durations}
         if units <= {"steps"}:
             return cls()

@@ -34,6 +34,7 @@ __all__ = [
     "is_averaging_callback",
     "is_progress_bar",
     "is_pruning_callback",
+    "is_rate_finder",
     "isolate_rng",
     "logs_now",
     "override",
@@ -97,6 +98,7 @@ def _kinds(*names: str) -> tuple[type, ...]:
 _AVERAGING: Final = _kinds("WeightAveraging", "StochasticWeightAveraging")
 _PRUNING: Final = _kinds("ModelPruning")
 _PROGRESS: Final = _kinds("ProgressBar")
+_RATE_FINDING: Final = _kinds("LearningRateFinder")
 
 
 def is_averaging_callback(callback: object) -> bool:
@@ -112,6 +114,11 @@ def is_pruning_callback(callback: object) -> bool:
 def is_progress_bar(callback: object) -> bool:
     """Tell whether a callback only shows progress."""
     return isinstance(callback, _PROGRESS)
+
+
+def is_rate_finder(callback: object) -> bool:
+    """Tell whether a callback is Lightning's own that searches for a learning rate, and sets it, before a fit."""
+    return isinstance(callback, _RATE_FINDING)
 
 
 def defines(module: LightningModule, *hooks: str) -> bool:

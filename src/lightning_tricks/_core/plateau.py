@@ -10,7 +10,6 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_tricks._core.checks import check_choice
-from lightning_tricks._core.lightning import Trainer
 from lightning_tricks._core.schedule import Schedule
 from lightning_tricks._core.schedulers import PlateauScheduler
 from lightning_tricks.errors import ArgumentError
@@ -83,10 +82,9 @@ class ReduceOnPlateau(Schedule):
         return 1.0
 
     @override
-    def _scheduler(self, optimizer: Optimizer, trainer: Trainer) -> PlateauScheduler:
+    def _scheduler(self, optimizer: Optimizer) -> PlateauScheduler:
         return PlateauScheduler(
             optimizer,
-            self._over_fit(trainer),
             least=self.final,
             mode=self.mode,
             factor=self.factor,

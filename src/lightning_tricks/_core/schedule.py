@@ -113,9 +113,9 @@ class Schedule(ABC):
         """Return the value as a function of the step, for the Trainer's fit."""
         return self._over(FitLength.of(trainer, self._durations().values()))
 
-    def _scheduler(self, optimizer: Optimizer, trainer: Trainer) -> StepScheduler:
-        """Return the scheduler of torch that applies this schedule to learning rates."""
-        return CurveScheduler(optimizer, self._over_fit(trainer))
+    def _scheduler(self, optimizer: Optimizer) -> StepScheduler:
+        """Return the scheduler of torch that applies this schedule to learning rates, once it is told to begin."""
+        return CurveScheduler(optimizer)
 
     def _check(self, name: str, interval: str) -> None:
         """Accept a number in an interval."""
@@ -157,7 +157,7 @@ def check_varying(name: str, value: float | Schedule, interval: str) -> float | 
 def follow(value: float | Schedule, trainer: Trainer) -> Callable[[int], float]:
     """Return a number, or one that varies, as a function of the optimizer steps taken so far.
 
-    Durations are resolved here, which loads the training data if they are shares or epochs: from `configure_optimizers` on.
+    Durations are resolved here. If they are shares or epochs, the training data must be known: from `on_train_start` on.
 
     Raises:
         TrickError: If the fit's length is needed and unknown.

@@ -1,4 +1,8 @@
-"""Torch's schedulers as schedules need them: counting optimizer steps, at any step, from any base rates."""
+"""Torch's schedulers as schedules need them: counting optimizer steps, from any of them on, over a function known when training starts.
+
+Lengths of a fit are not known yet where optimizers are built: asking for them there would make Lightning load the training data
+early, and a loader's saved state would no longer be restored.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,10 @@ __all__ = ["CurveScheduler", "PlateauScheduler", "StepScheduler"]
 
 
 class StepScheduler(LRScheduler, ABC):
-    """Multiplies base rates by a function of the optimizer steps taken so far; `step` is called after each of them."""
+    """Multiplies base rates by a function of the optimizer steps taken so far; `step` is called after each of them.
+
+    Until `begin`, the rates are the base rates.
+    """
 
     base_lrs: list[Any]
 
@@ -27,15 +34,14 @@ class StepScheduler(LRScheduler, ABC):
         """The optimizer steps taken so far."""
 
     @abstractmethod
-    def go_to(self, step: int) -> None:
-        """Set the rates with which the optimizer step after `step` others is taken."""
+    def begin(self, curve: Callable[[int], float], step: int) -> None:
+        """Follow a function, and set the rates with which the optimizer step after `step` others is taken."""
 
     def adopt_rates(self) -> None:
         """Take rates that somebody else has set for the base rates."""
         self.base_lrs = self._rates()
         for group in self.optimizer.param_groups:
             group["initial_lr"] = group["lr"]
-        self.go_to(self.position)
 
     def _rates(self) -> list[Any]:
         return [group["lr"] for group in self.optimizer.param_groups]
@@ -49,25 +55,28 @@ class StepScheduler(LRScheduler, ABC):
 class CurveScheduler(StepScheduler, LambdaLR):
     """Multiplies the rates the optimizer was built with."""
 
+    def __init__(self, optimizer: Optimizer) -> None:
+        super().__init__(optimizer, _one)
+
     @property
     @override
     def position(self) -> int:
         return self.last_epoch
 
     @override
-    def go_to(self, step: int) -> None:
-        self.last_epoch = step
-        self._write_rates(self.lr_lambdas[0](step))
+    def begin(self, curve: Callable[[int], float], step: int) -> None:
+        self.lr_lambdas, self.last_epoch = [curve] * len(self.base_lrs), step
+        self._write_rates(curve(step))
 
 
 class PlateauScheduler(StepScheduler, ReduceLROnPlateau):
     """Multiplies rates that are reduced by a metric: `step` is called with one after each validation."""
 
-    def __init__(self, optimizer: Optimizer, curve: Callable[[int], float], *, least: float, **options: Any) -> None:
-        self._curve, self._position = curve, 0
-        super().__init__(optimizer, min_lr=[group["lr"] * least for group in optimizer.param_groups], eps=0, **options)
-        self.base_lrs = self._rates()
-        self.go_to(0)
+    def __init__(self, optimizer: Optimizer, *, least: float, **options: Any) -> None:
+        self._curve: Callable[[int], float] = _one
+        self._position, self._least = 0, least
+        super().__init__(optimizer, eps=0, **options)
+        self.adopt_rates()
 
     @property
     @override
@@ -75,20 +84,30 @@ class PlateauScheduler(StepScheduler, ReduceLROnPlateau):
         return self._position
 
     @override
-    def go_to(self, step: int) -> None:
-        self._position = step
-        self._write_rates(self._curve(step))
+    def begin(self, curve: Callable[[int], float], step: int) -> None:
+        self._curve, self._position = curve, step
+        self._write_rates(curve(step))
+
+    @override
+    def adopt_rates(self) -> None:
+        super().adopt_rates()
+        self.min_lrs = [rate * self._least for rate in self.base_lrs]
 
     @override
     def step(self, metrics: Any = None, epoch: int | None = None) -> None:  # type: ignore[override]  # as in torch
         if metrics is None:
-            self.go_to(self.position + 1)
+            self._position += 1
         else:
             self._write_rates(1.0)
             super().step(metrics)
             self.base_lrs = self._rates()
-            self.go_to(self.position)
+        self._write_rates(self._curve(self._position))
 
     @override
     def state_dict(self) -> dict[str, Any]:
         return {key: value for key, value in super().state_dict().items() if key != "_curve"}
+
+
+def _one(_: int) -> float:
+    """Leave the rates as they are."""
+    return 1.0

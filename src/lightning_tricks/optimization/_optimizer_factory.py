@@ -13,8 +13,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from lightning_tricks._core.checkpoint import read_entry, write_entry
-from lightning_tricks._core.lightning import STEP_OUTPUT, LightningModule, Trainer, callbacks_of, logs_now, override, rank_zero_info
-from lightning_tricks._core.schedule import Schedule
+from lightning_tricks._core.lightning import (
+    STEP_OUTPUT,
+    LightningModule,
+    Trainer,
+    callbacks_of,
+    is_rate_finder,
+    logs_now,
+    override,
+    rank_zero_info,
+    rank_zero_warn,
+)
+from lightning_tricks._core.schedule import Schedule, follow
 from lightning_tricks._core.surgery import Patches
 from lightning_tricks.errors import ArgumentError, CheckpointError, TrickConflictError, TrickError, UnsupportedStrategyError
 from lightning_tricks.optimization._point_switch import PointSwitch
@@ -56,8 +66,8 @@ class OptimizerFactory(PointSwitch):
         UnsupportedStrategyError: At setup, under FSDP1 with ``use_orig_params=False``, which hides the parameters that groups are
             made of.
         NothingMatchedError: When the optimizer is built, if the module has no trainable parameter, or a glob of the recipe matches none.
-        TrickError: When the optimizer is built, if the schedule needs the length of a fit that has none; when training starts, if the
-            schedule follows a metric and there is no validation; after a validation, if the metric is missing.
+        TrickError: When training starts, if the schedule needs the length of a fit that has none, or follows a metric and there is no
+            validation; after a validation, if the metric is missing.
         CheckpointError: On resuming, if the checkpoint holds the state of another optimizer.
 
     Note:
@@ -65,10 +75,11 @@ class OptimizerFactory(PointSwitch):
         training goes on from where it was, to the bit; `ScheduleFree` says more. The callback then replaces the weights used for
         evaluation, which only one can do.
 
-        The optimizer is built after the strategy has wrapped the module, on the parameters that there are then. The schedule stands
-        at the Trainer's `global_step`, so a second fit and a resumed one go on where the last ended; its lengths are those of the
-        present fit. On resuming, the optimizer's hyperparameters are those of the checkpoint, as everywhere in torch. Into a run whose
-        checkpoint was made without this callback, weights and progress are taken over, and the optimizer starts anew.
+        The optimizer is built after the strategy has wrapped the module, on the parameters that there are then. The schedule begins
+        when training starts, at the Trainer's `global_step`, so a second fit and a resumed one go on where the last ended; its
+        lengths are those of the present fit. On resuming, the optimizer's hyperparameters are those of the checkpoint, as everywhere
+        in torch. From a checkpoint that was made without this callback, weights and progress are taken over, and the optimizer starts
+        anew.
 
         Under manual optimization, the module steps the schedule itself, once per optimizer step, by ``self.lr_schedulers().step()``.
 
@@ -98,6 +109,7 @@ class OptimizerFactory(PointSwitch):
         self._optimizer: Optimizer | None = None
         self._scheduler: StepScheduler | None = None
         self._entry: dict[str, Any] | None = None  # of the checkpoint that this fit resumes from
+        self._begun = 0  # where the schedule stood when training started
         self._rate = 0.0  # with which the latest batch was trained
 
     @property
@@ -126,15 +138,19 @@ class OptimizerFactory(PointSwitch):
         if self._module is not pl_module:
             rank_zero_info(f"{self!r} takes over `configure_optimizers` of {type(pl_module).__name__}.")
         self._module, self._optimizer, self._scheduler, self._entry = pl_module, None, None, None
-        self._patches.wrap(pl_module, "configure_optimizers", lambda _: lambda: self._configure(trainer, pl_module))
+        self._patches.wrap(pl_module, "configure_optimizers", lambda _: partial(self._configure, pl_module))
         self._patches.wrap(pl_module, "lr_scheduler_step", lambda step: partial(self._step_schedule, step))
 
-    def _configure(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
-        configuration = configure(trainer, module, self.recipe, self.schedule)
-        self._optimizer = configuration["optimizer"]
-        self._scheduler = configuration["lr_scheduler"]["scheduler"] if self.schedule is not None else None
+    def _configure(self, module: LightningModule) -> dict[str, Any]:
+        self._optimizer = self.recipe.build(module)
         self._check_optimizer()
-        return configuration
+        if self.schedule is None:
+            return {"optimizer": self._optimizer}
+        self._scheduler = self.schedule._scheduler(self._optimizer)
+        scheduler: dict[str, Any] = {"scheduler": self._scheduler, "interval": "step"}
+        if module.automatic_optimization:
+            scheduler["reduce_on_plateau"] = False  # by Lightning, that is: `on_validation_end` does it
+        return {"optimizer": self._optimizer, "lr_scheduler": scheduler}
 
     def _step_schedule(self, step: Callable[[Any, Any], None], scheduler: Any, metric: Any) -> None:
         """Step our scheduler as it needs to be, whatever the module does with its own."""
@@ -147,17 +163,17 @@ class OptimizerFactory(PointSwitch):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        scheduler = self._scheduler
-        if scheduler is None or not pl_module.automatic_optimization:
+        if self._scheduler is None or self.schedule is None:
             return
         if self._metric is not None and not _validates(trainer):
             msg = f"{self!r} follows {self._metric!r} from validation to validation, and this fit has none. Give it a validation loader."
             raise TrickError(msg)
-        if scheduler.position != trainer.global_step:
-            scheduler.go_to(trainer.global_step)
-        elif scheduler.get_last_lr() != [group["lr"] for group in scheduler.optimizer.param_groups]:
-            scheduler.adopt_rates()  # which a search for the learning rate has set since
-            rank_zero_info(f"{self!r} takes the learning rates that were set since its optimizer was built for its base rates.")
+        searched = any(is_rate_finder(callback) for callback in callbacks_of(trainer))
+        if searched and self._scheduler.get_last_lr() != [group["lr"] for group in self._scheduler.optimizer.param_groups]:
+            self._scheduler.adopt_rates()
+            rank_zero_info(f"{self!r} takes the learning rate that was found for the base rate of every parameter group.")
+        self._begun = trainer.global_step if pl_module.automatic_optimization else self._scheduler.position
+        self._scheduler.begin(follow(self.schedule, trainer), self._begun)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -176,6 +192,14 @@ class OptimizerFactory(PointSwitch):
             return
         if self._scheduler is not None and self._metric is not None:
             self._scheduler.step(self._measured(trainer, self._metric))
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._scheduler is not None and not pl_module.automatic_optimization and self._scheduler.position == self._begun:
+            rank_zero_warn(
+                f"The schedule of {self!r} stood still: under manual optimization, {type(pl_module).__name__} must step it after each "
+                "optimizer step, by `self.lr_schedulers().step()`."
+            )
 
     @property
     def _metric(self) -> str | None:
@@ -235,17 +259,6 @@ class OptimizerFactory(PointSwitch):
             raise CheckpointError(msg)
 
 
-def configure(trainer: Trainer, module: LightningModule, recipe: OptimizerRecipe, schedule: Schedule | None) -> dict[str, Any]:
-    """Return what `configure_optimizers` returns: the optimizer, and its scheduler if there is a schedule."""
-    optimizer = recipe.build(module)
-    if schedule is None:
-        return {"optimizer": optimizer}
-    scheduler: dict[str, Any] = {"scheduler": schedule._scheduler(optimizer, trainer), "interval": "step"}
-    if module.automatic_optimization:
-        scheduler["reduce_on_plateau"] = False  # by Lightning, that is: the callback does it after each validation
-    return {"optimizer": optimizer, "lr_scheduler": scheduler}
-
-
 def _kind_of(optimizer: Optimizer) -> str:
     """Name an optimizer's class, and those of the optimizers that it wraps."""
     return " around ".join(type(layer).__name__ for layer in layers_of(optimizer))
@@ -270,12 +283,8 @@ def attach(module: _Module, recipe: OptimizerRecipe, schedule: Schedule | None) 
         raise TrickConflictError(msg)
     # Partials of functions of this file, unlike closures, are copied and pickled with the module.
     vars(module)["configure_callbacks"] = partial(_bring, module, module.configure_callbacks, factory)
-    vars(module)["configure_optimizers"] = partial(_configure_attached, module, factory)
+    vars(module)["configure_optimizers"] = partial(recipe.build, module)  # until the callback sets up
     return module
-
-
-def _configure_attached(module: LightningModule, factory: OptimizerFactory) -> dict[str, Any]:
-    return configure(module.trainer, module, factory.recipe, factory.schedule)
 
 
 def _bring(module: LightningModule, configure_callbacks: Callable[[], Any], factory: OptimizerFactory) -> list[Any]:
