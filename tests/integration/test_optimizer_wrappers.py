@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import csv
+import dataclasses
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -208,6 +210,31 @@ def test_sam_takes_the_closure_of_manual_optimization():
     assert run.losses == automatic.losses
     assert_equal(run.trained, automatic.trained)
     assert run.trainer.callback_metrics["loss"] == pytest.approx(sum(run.losses[20::2]) / 5)
+
+
+@each
+@pytest.mark.full
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of jsonargparse, called by Lightning
+def test_is_configured_from_yaml_and_back(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", sys.argv[:1])
+    from lightning.pytorch.cli import LightningCLI
+
+    callback = {"class_path": "lightning_tricks.OptimizerFactory", "init_args": {"recipe": as_yaml(recipe)}}
+    trainer = {"callbacks": [callback], "logger": False, "accelerator": "cpu", "enable_checkpointing": False}
+    options = {"run": False, "save_config_callback": None, "seed_everything_default": False}
+    cli = LightningCLI(Net, args={"trainer": trainer}, **options)
+    (tmp_path / "config.yaml").write_text(cli.parser.dump(cli.config))
+    again = LightningCLI(Net, args=["--config", str(tmp_path / "config.yaml")], **options)
+    for each_cli in (cli, again):
+        made = next(callback for callback in each_cli.trainer.callbacks if isinstance(callback, lt.OptimizerFactory))
+        assert made.recipe == recipe
+
+
+def as_yaml(recipe):
+    """Write a recipe as LightningCLI reads it."""
+    values = {each.name: getattr(recipe, each.name) for each in dataclasses.fields(recipe)}
+    init = {name: as_yaml(value) if isinstance(value, optim.OptimizerRecipe) else value for name, value in values.items()}
+    return {"class_path": f"lightning_tricks.optim.{type(recipe).__name__}", "init_args": init}
 
 
 # SAM
