@@ -37,7 +37,9 @@ HEADINGS = [
     "Where it acts",
     "References",
 ]
-PUBLIC = {f"{module.__name__}.{name}": getattr(module, name) for module in (lt, lt.functional, lt.errors) for name in module.__all__}
+PUBLIC = {
+    f"{module.__name__}.{name}": getattr(module, name) for module in (lt, lt.functional, lt.optim, lt.errors) for name in module.__all__
+}
 CALLBACKS = {name: value for name, value in PUBLIC.items() if inspect.isclass(value) and issubclass(value, Trick)}
 EXEMPT = (Exception,)  # an error's example is where it is raised
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -129,8 +131,9 @@ def test_callback_is_in_both_tables(callback):
 class Classifier(LightningModule):
     """Stands for the reader's own module."""
 
-    def __init__(self):
+    def __init__(self, recipe: lt.optim.OptimizerRecipe | None = None):
         super().__init__()
+        self.recipe = recipe
         self.body = torch.nn.Linear(16, 8)
         self.head = torch.nn.Linear(8, 4)
 
@@ -146,7 +149,7 @@ class Classifier(LightningModule):
     test_step = validation_step
 
     def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
+        return torch.optim.SGD(self.parameters(), lr=0.1) if self.recipe is None else self.recipe.build(self)
 
 
 LIGHTNINGS_ADVICE = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -169,14 +172,14 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
 @pytest.mark.full
 @LIGHTNINGS_ADVICE
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page.read_text(), "yaml")], ids=relative)
-def test_yaml_blocks_configure_a_trainer(page, tmp_path, monkeypatch):
+def test_yaml_blocks_configure_a_run(page, tmp_path, monkeypatch):
     from lightning.pytorch.cli import LightningCLI
 
     monkeypatch.chdir(tmp_path)
     for block in blocks_of(page.read_text(), "yaml"):
         Path("config.yaml").write_text(block)
         cli = LightningCLI(Classifier, run=False, save_config_callback=None, args=["--config", "config.yaml"])
-        assert any(isinstance(callback, Trick) for callback in cli.trainer.callbacks)
+        assert any(isinstance(callback, Trick) for callback in cli.trainer.callbacks) or cli.model.recipe is not None
 
 
 def test_relative_links_lead_somewhere():

@@ -73,6 +73,7 @@ def test_lbfgs_evaluates_several_times_under_lightnings_closure(search):
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon from 2.9 on")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_muon_stops_and_resumes_to_the_bit(tmp_path):
     """From a checkpoint that has the recipe among its hyperparameters."""
 
@@ -84,7 +85,7 @@ def test_muon_stops_and_resumes_to_the_bit(tmp_path):
     whole = fit([ModelCheckpoint(tmp_path, every_n_train_steps=8, filename="half")], Deep)
     saved = torch.load(tmp_path / "half.ckpt", weights_only=True)
     assert saved["hyper_parameters"]["recipe"] == whole.module.recipe
-    resumed = fit([ModelCheckpoint(tmp_path / "again", every_n_train_steps=8)], Deep, ckpt_path=tmp_path / "half.ckpt", seed=99)
+    resumed = fit([ModelCheckpoint(tmp_path, every_n_train_steps=8, filename="half")], Deep, ckpt_path=tmp_path / "half.ckpt", seed=99)
     assert len(resumed.losses) == 7
     assert resumed.losses == whole.losses[8:]
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import lightning_tricks as lt
-from lightning_tricks import errors, functional
+from lightning_tricks import errors, functional, optim
 
 trainer = L.Trainer(
     callbacks=[
@@ -34,6 +34,20 @@ best: Path = soup.members[0]
 share: float = functional.ema_decay(3, 0.9, warmup=10)
 used: int = functional.refresh_batch_norm(nn.BatchNorm1d(2), [torch.randn(4, 2)], batches=1)
 
+recipe: optim.OptimizerRecipe = optim.SGD(
+    0.1, momentum=0.9, nesterov=True, overrides={"head.*": {"lr": 1e-2}, "*.embed*": {"weight_decay": 0}}
+)
+optimizer: torch.optim.Optimizer = recipe.build(model)
+groups: list[optim.ParameterGroup] = optim.AdamW(betas=(0.9, 0.95), layer_decay=0.75, layers=["0", "*"], decayed=("matrix", "bias")).groups(
+    model
+)
+names: tuple[str, ...] = groups[0].names
+optim.Named("timm:lamb", lr=1e-3, options={"betas": (0.9, 0.99)}, implementation="foreach")
+optim.Muon(0.02, exclude="aux", adjust_lr_fn="match_rms_adamw")
+optim.LBFGS(max_iter=10, line_search_fn="strong_wolfe")
+table: str = optim.describe_groups(model, recipe)
+sources: dict[str, str] = optim.list_recipes()
+
 try:
     lt.EMA(half_life="soon")
 except errors.TrickError as error:
@@ -43,3 +57,7 @@ lt.EMA(buffers="sync")  # type: ignore[arg-type]
 lt.EMA(0.9, 5)  # type: ignore[call-arg]
 lt.EMA(momentum=0.9)  # type: ignore[call-arg]
 lt.BatchNormRefresh("some")  # type: ignore[arg-type]
+optim.SGD(implementation="loop")  # type: ignore[arg-type]
+optim.AdamW(0.1, (0.9, 0.99))  # type: ignore[call-arg, arg-type]
+optim.AdamW(decayed=["weights"])  # type: ignore[list-item]
+recipe.lr = 0.1  # type: ignore[attr-defined]

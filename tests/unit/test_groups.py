@@ -272,6 +272,19 @@ def test_lazy_flat_and_empty_parameters_are_judged_by_their_owner():
     assert decays(emptied) == decays(Vit())
 
 
+def test_parameters_that_fsdp_has_joined_are_refused():
+    class Joined(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self._fsdp_wrapped_module = nn.Identity()
+            self._flat_param = nn.Parameter(torch.zeros(8))
+
+    with pytest.raises(
+        errors.UnsupportedStrategyError, match=r"cannot tell the parameters in 'a\._flat_param' apart.*use_orig_params=True"
+    ):
+        optim.AdamW().build(nn.ModuleDict({"a": Joined()}))
+
+
 # Layer decay
 
 

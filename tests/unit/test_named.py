@@ -144,6 +144,11 @@ def test_wrong_arguments_fail_in_the_constructor(make, words):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
+        (lambda: optim.Named("lamb"), "got 'lamb'. Did you mean 'timm:lamb' or 'pytorch_optimizer:lamb'?"),
+        (
+            lambda: optim.Named("pytorch:adamw"),
+            "got 'pytorch:adamw'. Did you mean 'torch:AdamW' or 'timm:adamw' or 'pytorch_optimizer:adamw'?",
+        ),
         (lambda: optim.Named("timm:lmab"), "Did you mean 'lamb' or"),
         (lambda: optim.Named("pytorch_optimizer:caem"), "Did you mean 'came'"),
         (

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_tricks._core.selection import matches
-from lightning_tricks.errors import NothingMatchedError, UnsupportedOptimizerError
+from lightning_tricks.errors import NothingMatchedError, UnsupportedOptimizerError, UnsupportedStrategyError
 from lightning_tricks.optimization._layers import given_layers, inferred_layers
 from lightning_tricks.optimization._owners import KINDS, Kind, Owned, clean_name, kind_of, owned_parameters
 
@@ -41,6 +41,12 @@ class ParameterGroup:
         options: The optimizer's options for this group, such as ``lr`` and ``weight_decay``.
         names: The parameters' names; of a tied one, the first.
         parameters: The parameters.
+
+    Example:
+        >>> from lightning_tricks.optim import SGD
+        >>> [group] = SGD(lr=0.1).groups(nn.Linear(2, 1))
+        >>> group.names, group.options["lr"]
+        (('weight', 'bias'), 0.1)
     """
 
     options: Mapping[str, Any]
@@ -78,8 +84,15 @@ def group_parameters(
 
     Raises:
         NothingMatchedError: If there is no trainable parameter, a glob matches none of the parameters, or a parameter has no layer.
+        UnsupportedStrategyError: If FSDP has joined parameters into one.
     """
     everything = owned_parameters(model)
+    flat = next((owned.names[0] for owned in everything if owned.names[0].rpartition(".")[2] == "_flat_param"), None)
+    if flat is not None:
+        msg = (
+            f"{who} cannot tell the parameters in {flat!r} apart, which FSDP has joined. Use `FSDPStrategy(use_orig_params=True)` or FSDP2."
+        )
+        raise UnsupportedStrategyError(msg)
     overrides = overrides or {}
     check_globs("overrides", overrides, everything, who)
     check_globs("layers", layers or (), everything, who)
@@ -94,7 +107,7 @@ def group_parameters(
     if layer_decay is not None:
         found = given_layers(trained, layers, who) if layers else inferred_layers(model, trained, who)
         factors = [layer_decay ** (max(found) - layer) for layer in found]
-    groups: dict[tuple[Any, ...], tuple[Mapping[str, Any], list[Owned]]] = {}
+    groups: list[tuple[Mapping[str, Any], list[Owned]]] = []
     for owned, factor in zip(trained, factors, strict=True):
         options = dict(options_of(owned))
         if factor != 1:
@@ -104,10 +117,14 @@ def group_parameters(
         for pattern, changes in overrides.items():
             if any(matches(name, pattern) for name in owned.names):
                 options |= changes
-        groups.setdefault(tuple(options.items()), (options, []))[1].append(owned)
+        members = next((members for equal, members in groups if equal == options), None)
+        if members is None:
+            members = []
+            groups.append((options, members))
+        members.append(owned)
     return [
         ParameterGroup(options, tuple(owned.names[0] for owned in members), tuple(owned.parameter for owned in members))
-        for options, members in groups.values()
+        for options, members in groups
     ]
 
 

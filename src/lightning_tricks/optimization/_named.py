@@ -61,14 +61,20 @@ def _module(source: str) -> Any:
     return found
 
 
+def _installed_names() -> list[str]:
+    installed = [each for each in SOURCES if each == "torch" or find_spec(_PACKAGES[each][0].partition(".")[0]) is not None]
+    return [f"{source}:{name}" for source in installed for name in SOURCES[source]()]
+
+
 @cache
 def _resolve(name: str) -> Callable[..., Any]:
     """Return the class of that name, with what the package presets for the name."""
-    source, colon, short = name.partition(":") if isinstance(name, str) else ("", "", "")
-    if not colon or source.replace("-", "_") not in SOURCES:
-        msg = f"`name` must be a source and a name in it, 'torch:…', 'timm:…' or 'pytorch_optimizer:…', got {name!r}."
+    source, colon, short = name.replace("-", "_").partition(":") if isinstance(name, str) else ("", "", "")
+    if not colon or source not in SOURCES:
+        alike = [each for each in _installed_names() if each.partition(":")[2].lower() == (short or source).lower()]
+        hint = f" Did you mean {' or '.join(map(repr, alike))}?" if alike else ""
+        msg = f"`name` must be a source and a name in it, 'torch:…', 'timm:…' or 'pytorch_optimizer:…', got {name!r}.{hint}"
         raise ArgumentError(msg)
-    source = source.replace("-", "_")
     names = {each.lower(): each for each in SOURCES[source]()}
     if short.lower() not in names:
         hint = suggest(short.lower(), names)
@@ -194,7 +200,4 @@ def list_recipes() -> dict[str, str]:
     kinds = [getattr(public, name) for name in public.__all__]
     recipes = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, OptimizerRecipe) and not isabstract(kind)]
     listed = {kind.__name__: kind.source for kind in recipes if kind not in {GroupedRecipe, Named}}
-    for source, names in SOURCES.items():
-        if source == "torch" or find_spec(_PACKAGES[source][0].partition(".")[0]) is not None:
-            listed |= {f"{source}:{name}": source for name in names()}
-    return listed
+    return listed | {name: name.partition(":")[0] for name in _installed_names()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from typing import Any, ClassVar, Final, Literal, TypeVar
 
@@ -44,6 +44,7 @@ class OptimizerRecipe(ABC):
 
     def __init_subclass__(cls) -> None:
         """Let checkpoints that keep a recipe among a module's hyperparameters load under ``weights_only=True``."""
+        super().__init_subclass__()
         torch.serialization.add_safe_globals([cls])
 
     @abstractmethod
@@ -81,7 +82,8 @@ class OptimizerRecipe(ABC):
 
     @override
     def __repr__(self) -> str:
-        ordered = sorted(fields(self), key=lambda each: each.kw_only is True)  # what may stand first by position comes first
+        inherited = {each.name for base in type(self).__mro__[1:] if is_dataclass(base) for each in fields(base)}
+        ordered = sorted(fields(self), key=lambda each: each.name in inherited)  # a recipe's own come first
         given = (f"{each.name}={getattr(self, each.name)!r}" for each in ordered if getattr(self, each.name) != _default(each))
         return f"{type(self).__name__}({', '.join(given)})"
 
@@ -111,7 +113,8 @@ class GroupedRecipe(OptimizerRecipe):
         layer_decay: Factor in (0, 1] from each layer to the one before it: the learning rate of layer i of 0 … L is
             ``lr · layer_decay^(L − i)``. None for one rate.
         layers: Globs over qualified names, one for each layer, from the input to the output. None infers them: each block of the
-            model is a layer, what comes before the first is one, and so is what comes after the last.
+            model is a layer, what comes before the first is one, and so is what comes after the last. Layers without trainable
+            parameters do not count.
         implementation: The kernels: ``"fused"``, one for the whole step; ``"foreach"``, one for each operation; ``"for-loop"``, one
             for each parameter and operation. None fuses where that is possible: on CPU and CUDA, for floating-point
             parameters with dense gradients, but not with the gradient scaler of Lightning's ``16-mixed``, where Lightning refuses to clip
