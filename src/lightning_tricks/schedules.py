@@ -265,6 +265,7 @@ class Exponential(_Powers):
         [1.0, 0.5, 0.25, 0.125, 0.0625]
     """
 
+    factor: float = 0.97
     every: int | str = "1 epoch"
 
     @override

@@ -37,9 +37,8 @@ HEADINGS = [
     "Where it acts",
     "References",
 ]
-PUBLIC = {
-    f"{module.__name__}.{name}": getattr(module, name) for module in (lt, lt.functional, lt.optim, lt.errors) for name in module.__all__
-}
+HOMES = (lt, lt.functional, lt.optim, lt.schedules, lt.errors)
+PUBLIC = {f"{home.__name__}.{name}": getattr(home, name) for home in HOMES for name in home.__all__}
 CALLBACKS = {name: value for name, value in PUBLIC.items() if inspect.isclass(value) and issubclass(value, Trick)}
 EXEMPT = (Exception,)  # an error's example is where it is raised
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -5,11 +5,19 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, LearningRateFinder, LearningRateMonitor, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    Callback,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
@@ -146,13 +154,25 @@ def test_each_group_keeps_its_own_base_rate():
 @pytest.mark.parametrize("accumulate", [2, 3])
 def test_accumulation_counts_optimizer_steps(accumulate):
     rates, trainer, _ = fit(lt.OptimizerFactory(SGD, schedule=schedules.Linear(warmup=2)), accumulate_grad_batches=accumulate)
-    per_batch = []
-    for rate in rates:
-        if not per_batch or rate != per_batch[-1]:
-            per_batch.append(rate)
     total = trainer.global_step
     assert total == 3 * -(-5 // accumulate)
-    assert per_batch == pytest.approx([0.1 * reference.warmed(lambda s: 1 - s / (total - 2), t, 2) for t in range(total)])
+    assert rates == pytest.approx([0.1 * reference.warmed(lambda s: 1 - s / (total - 2), t, 2) for t in range(total)])
+
+
+@pytest.mark.parametrize(("scheduling", "factors"), [({0: 4, 1: 2}, [4, 2, 2]), ({1: 5}, [1, 5, 5]), ({0: 3}, [3, 3, 3])])
+def test_accumulation_that_changes_between_epochs(scheduling, factors):
+    """Lightning estimates the length of the fit as if no gradients were accumulated."""
+    changes = GradientAccumulationScheduler(dict(scheduling))
+    total = sum(-(-5 // factor) for factor in factors)
+    rates, trainer, _ = fit(lt.OptimizerFactory(SGD, schedule=schedules.Linear()), callbacks=[changes])
+    assert trainer.global_step == total
+    assert sorted(set(rates), reverse=True) == pytest.approx([0.1 * (1 - t / total) for t in range(total)])
+    in_epochs = lt.OptimizerFactory(SGD, schedule=schedules.Step(factor=0.5, every="1 epoch"))
+    if len(set(factors)) > 1:
+        with pytest.raises(errors.TrickError, match="needs epochs of equal numbers of steps"):
+            fit(in_epochs, callbacks=[changes])
+    else:
+        assert fit(in_epochs, callbacks=[changes])[0] == [0.1] * 2 + [0.05] * 2 + [0.025] * 2
 
 
 def test_limits_on_steps_are_the_length_of_the_fit():
@@ -571,3 +591,15 @@ def test_a_killed_epoch_resumes_with_accumulation(tmp_path):
     assert_equal(final, again)
     assert later == rates[-len(later) :]
     assert len(set(rates)) == 9
+
+
+@pytest.mark.full
+def test_the_hydra_configuration_makes_the_callbacks():
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    path = Path(__file__).parents[2] / "examples/configs/hydra_optimizer_factory.yaml"
+    factory, ema = instantiate(OmegaConf.load(path).callbacks)
+    assert factory.schedule == schedules.Step(factor=0.1, at=["50%", "75%"], warmup="5%")
+    assert factory.recipe == optim.AdamW(lr=1e-3, weight_decay=0.05)
+    assert len(fit(factory, callbacks=[ema])[0]) == STEPS

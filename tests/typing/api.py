@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import lightning_tricks as lt
-from lightning_tricks import errors, functional, optim
+from lightning_tricks import errors, functional, optim, schedules
 
 trainer = L.Trainer(
     callbacks=[
@@ -16,6 +16,7 @@ trainer = L.Trainer(
         lt.EMA(0.99, start="1 epoch", every=10, buffers="average", where=["body.*"], exclude="*.bias", evaluate="both", name="slow"),
         lt.EMA(half_life="500 steps", warmup=100, device="cpu", dtype=torch.float64, evaluate=False),
         lt.BatchNormRefresh(),
+        lt.OptimizerFactory(optim.SGD(lr=0.1, momentum=0.9), schedule=schedules.Cosine(warmup="5%"), name="slow"),
         lt.BatchNormRefresh(20, on="validation", where=["body.*"], exclude="*.bn1", name="slow"),
     ]
 )
@@ -33,6 +34,19 @@ model.load_state_dict(soup.state_dict)
 best: Path = soup.members[0]
 share: float = functional.ema_decay(3, 0.9, warmup=10)
 used: int = functional.refresh_batch_norm(nn.BatchNorm1d(2), [torch.randn(4, 2)], batches=1)
+every_schedule: list[schedules.Schedule] = [
+    schedules.Constant(0.5, warmup=100),
+    schedules.Linear(0.0, final=0.5, stop="50%"),
+    schedules.Polynomial(power=2),
+    schedules.CosineRestarts(every="20%", growth=2),
+    schedules.Exponential(factor=0.97, every="1 epoch"),
+    schedules.Step(at=["50%", 1000], warmup="5 epochs"),
+    schedules.OneCycle(1.0, rise="30%"),
+    schedules.ReduceOnPlateau("val_acc", mode="max", patience=3),
+]
+rates: list[float] = [schedule.value(3, steps=100, steps_per_epoch=10) for schedule in every_schedule]
+attached: L.LightningModule = optim.AdamW(lr=1e-3).attach(L.LightningModule(), schedule=schedules.Linear())
+lt.OptimizerFactory(optim.SGD())
 
 recipe: optim.OptimizerRecipe = optim.SGD(
     0.1, momentum=0.9, nesterov=True, overrides={"head.*": {"lr": 1e-2}, "*.embed*": {"weight_decay": 0}}
@@ -56,6 +70,11 @@ except errors.TrickError as error:
 lt.EMA(buffers="sync")  # type: ignore[arg-type]
 lt.EMA(0.9, 5)  # type: ignore[call-arg]
 lt.EMA(momentum=0.9)  # type: ignore[call-arg]
+lt.OptimizerFactory("adamw")  # type: ignore[arg-type]
+lt.OptimizerFactory(optim.SGD(), schedule=0.5)  # type: ignore[arg-type]
+lt.OptimizerFactory(optim.SGD(), schedules.Cosine())  # type: ignore[call-arg]
+schedules.Cosine(1.0, 0.0)  # type: ignore[call-arg, arg-type]
+schedules.ReduceOnPlateau("val_acc", mode="larger")  # type: ignore[arg-type]
 lt.BatchNormRefresh("some")  # type: ignore[arg-type]
 optim.SGD(implementation="loop")  # type: ignore[arg-type]
 optim.AdamW(0.1, (0.9, 0.99))  # type: ignore[call-arg, arg-type]

@@ -9,7 +9,7 @@ from lightning_tricks import errors
 from lightning_tricks._core.clock import Duration, after_each_step
 
 TRAINER = SimpleNamespace(
-    num_training_batches=10, accumulate_grad_batches=3, estimated_stepping_batches=20, max_steps=-1, optimizers=[None]
+    num_training_batches=10, accumulate_grad_batches=3, estimated_stepping_batches=20, max_steps=-1, optimizers=[None], callbacks=[]
 )
 
 

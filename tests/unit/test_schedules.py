@@ -186,7 +186,7 @@ def test_no_step_is_taken_with_zero_and_nothing_jumps_at_the_end_of_a_warmup(sch
 
 @each
 def test_values_stay_within_bounds(schedule):
-    low, high = schedule.bounds if schedule.metric is None else (0.0, 1.0)
+    low, high = schedule.bounds
     assert all(low - 1e-12 <= value <= high + 1e-12 for value in values(schedule)[10:])
     assert all(0 < value <= high + 1e-12 for value in values(schedule))
 
@@ -328,7 +328,7 @@ def test_an_unbounded_interval_admits_growth():
 
 def test_follow_resolves_durations_from_the_trainer():
     trainer = SimpleNamespace(
-        num_training_batches=10, accumulate_grad_batches=2, estimated_stepping_batches=20, max_steps=-1, optimizers=[None]
+        num_training_batches=10, accumulate_grad_batches=2, estimated_stepping_batches=20, max_steps=-1, optimizers=[None], callbacks=[]
     )
     rate = follow(schedules.Linear(0.0, final=0.4, stop="2 epochs", warmup=1), trainer)
     assert [rate(step) for step in (1, 10, 11)] == pytest.approx([0.0, 0.4, 0.4])
@@ -348,7 +348,12 @@ def test_follow_asks_for_no_length_that_it_does_not_need():
 def test_a_fit_without_length_is_an_error(total):
     """Lightning says -1 of an iterable data set of no length."""
     trainer = SimpleNamespace(
-        num_training_batches=float("inf"), accumulate_grad_batches=1, estimated_stepping_batches=total, max_steps=-1, optimizers=[]
+        num_training_batches=float("inf"),
+        accumulate_grad_batches=1,
+        estimated_stepping_batches=total,
+        max_steps=-1,
+        optimizers=[],
+        callbacks=[],
     )
     with pytest.raises(errors.TrickError, match="this fit has no known length"):
         follow(schedules.Cosine(), trainer)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch.optim import Optimizer
 
+from lightning_tricks._core.lightning import scheduled_accumulation
 from lightning_tricks.errors import ArgumentError, TrickError, UnsupportedOptimizerError
 
 if TYPE_CHECKING:
@@ -106,14 +107,26 @@ class FitLength:
 
 def _steps_per_epoch(trainer: Trainer) -> float:
     batches = float(trainer.num_training_batches)
-    return batches if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
+    scheduled = set(scheduled_accumulation(trainer).values())
+    if len(scheduled) > 1:
+        msg = (
+            "A duration in epochs needs epochs of equal numbers of steps, and Lightning's GradientAccumulationScheduler changes them. "
+            "Give a number of steps, or a share of the fit such as '10%'."
+        )
+        raise TrickError(msg)
+    return batches if math.isinf(batches) else math.ceil(batches / (*scheduled, trainer.accumulate_grad_batches)[0])
 
 
 def _steps_of_fit(trainer: Trainer) -> float:
     """Steps of one optimizer over the whole fit; `max_steps` counts those of all optimizers together."""
-    total = float(trainer.estimated_stepping_batches)
+    total, scheduled = float(trainer.estimated_stepping_batches), scheduled_accumulation(trainer)
     if total < 0:  # what Lightning says of data without a length
         return math.inf
+    if scheduled and trainer.max_epochs not in {None, -1} and math.isfinite(trainer.num_training_batches):
+        # Lightning counts every epoch as the one that it is asked in.
+        factors = [scheduled[max(begin for begin in scheduled if begin <= epoch)] for epoch in range(trainer.max_epochs or 0)]
+        total = float(sum(math.ceil(trainer.num_training_batches / factor) for factor in factors))
+        total = total if trainer.max_steps == -1 else min(total, trainer.max_steps)
     return total / max(1, len(trainer.optimizers)) if total == trainer.max_steps else total
 
 

@@ -42,6 +42,7 @@ __all__ = [
     "rank_zero_warn",
     "rng_states",
     "scales_gradients",
+    "scheduled_accumulation",
     "set_rng_states",
     "trainer_of",
 ]
@@ -98,6 +99,7 @@ def _kinds(*names: str) -> tuple[type, ...]:
 _AVERAGING: Final = _kinds("WeightAveraging", "StochasticWeightAveraging")
 _PRUNING: Final = _kinds("ModelPruning")
 _PROGRESS: Final = _kinds("ProgressBar")
+_ACCUMULATING: Final = _kinds("GradientAccumulationScheduler")
 _RATE_FINDING: Final = _kinds("LearningRateFinder")
 
 
@@ -119,6 +121,12 @@ def is_progress_bar(callback: object) -> bool:
 def is_rate_finder(callback: object) -> bool:
     """Tell whether a callback is Lightning's own that searches for a learning rate, and sets it, before a fit."""
     return isinstance(callback, _RATE_FINDING)
+
+
+def scheduled_accumulation(trainer: Trainer) -> dict[int, int]:
+    """Return how many batches make a step from which epochs on, if a callback of Lightning's sets that at the start of epochs."""
+    callbacks: list[Any] = [callback for callback in callbacks_of(trainer) if isinstance(callback, _ACCUMULATING)]
+    return dict(callbacks[0].scheduling) if callbacks else {}
 
 
 def defines(module: LightningModule, *hooks: str) -> bool:

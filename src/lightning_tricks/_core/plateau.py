@@ -74,6 +74,11 @@ class ReduceOnPlateau(Schedule):
 
     @property
     @override
+    def bounds(self) -> tuple[float, float]:
+        return self.final, 1.0
+
+    @property
+    @override
     def metric(self) -> str:
         return self.monitor
 

@@ -43,6 +43,12 @@ class Schedule(ABC):
     Note:
         A subclass is a frozen dataclass that gives its value by `after_warmup`, and names its fields in two class variables: `levels`
         are values between which it stays, `spans` are durations.
+
+    Example:
+        >>> from lightning_tricks import schedules
+        >>> schedule = schedules.Linear(warmup="30%")
+        >>> [round(schedule.value(step, steps=10), 2) for step in range(10)]
+        [0.25, 0.5, 0.75, 1.0, 0.86, 0.71, 0.57, 0.43, 0.29, 0.14]
     """
 
     levels: ClassVar[tuple[str, ...]] = ()
@@ -71,7 +77,7 @@ class Schedule(ABC):
     @property
     def bounds(self) -> tuple[float, float]:
         """The least and the greatest value after the warm-up."""
-        values = [getattr(self, name) for name in self.levels]
+        values = [getattr(self, name) for name in self.levels] or [-math.inf, math.inf]
         return min(values), max(values)
 
     @property
