@@ -15,14 +15,12 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
-
 from contracts.cases import CASES, Case
+from contracts.cpu_strategies import CPUFSDPStrategy
 from contracts.harness import Loader, assert_equal, make_trainer, weights
 from lightning_tricks import errors
 from reference.batch_norm import population
@@ -150,148 +148,18 @@ def check_exception_returns_training_weights(case: Case, folder: Path) -> None:
     assert_equal(*({name: value for name, value in state.items() if "running" not in name} for state in states))
 
 
-def sharded(case: Case):
-    """Make the case's model so that it shards itself under FSDP2, in parts that are uneven, and empty on one rank."""
-
-    class Sharded(case.model):
-        def __init__(self):
-            super().__init__()
-            self.scale = torch.nn.Parameter(torch.ones(1))
-            self.body[3].p = 0.0
-
-        def forward(self, x):
-            return self.scale * super().forward(x)
-
-        def configure_model(self):
-            if self.device_mesh is not None and not isinstance(self, FSDPModule):
-                mesh = self.device_mesh["data_parallel"]
-                for part in (self.body[0], self.head, self):
-                    fully_shard(part, mesh=mesh)
-
-    return Sharded
-
-
-def fit_sharded(callbacks, case: Case, *, distributed_checkpoint: bool = False, **options):
-    """Train under FSDP2 on data that differ between the ranks."""
-    strategy = ModelParallelStrategy(
-        data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=distributed_checkpoint, process_group_backend="gloo"
-    )
-    ckpt_path, fails = options.pop("ckpt_path", None), options.pop("fails", None)
-    torch.manual_seed(0)
-    module, trained = sharded(case)(), WholeTrained()
-    options = {"num_sanity_val_steps": 2, "use_distributed_sampler": False, **options}
-    trainer = make_trainer([*callbacks, trained], devices=2, strategy=strategy, **options)
-    try:
-        trainer.fit(module, Loader(seed=RANK), Loader(2, seed=5 + RANK), ckpt_path=ckpt_path)
-    except RuntimeError as error:
-        if fails is None or fails not in str(error):
-            raise
-    return module, trained
-
-
-def whole(module):
-    """Gather a model's state, without statistics that differ between ranks."""
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()
-    state = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in module.state_dict().items()}
-    return {name: value.detach().clone() for name, value in state.items() if "running" not in name}
-
-
-def statistics(module):
-    """Copy the statistics that differ between ranks."""
-    return {name: value.clone() for name, value in module.named_buffers() if "running" in name}
-
-
-class WholeTrained(Callback):
-    """Keeps the whole training weights after the latest batch, this rank's statistics, and its loss."""
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.weights, self.statistics, self.loss = whole(pl_module), statistics(pl_module), pl_module.losses[-1]
-
-
-def check_fsdp2_equals_ddp(case: Case, folder: Path) -> None:
-    """Sharded and replicated runs train and act alike."""
-    module, trained = fit_sharded([case.make()], case)
-    evaluated = {**whole(module), **statistics(module)}  # which returns to shards what the last validation has gathered
-    assert all(isinstance(parameter, DTensor) for parameter in module.parameters())
-    assert module.scale.to_local().numel() == (1 if RANK == 0 else 0)
-    torch.manual_seed(0)
-    twin, twin_trained = sharded(case)(), WholeTrained()
-    strategy = DDPStrategy(process_group_backend="gloo")
-    trainer = make_trainer([case.make(), twin_trained], devices=2, strategy=strategy, use_distributed_sampler=False)
-    trainer.fit(twin, Loader(seed=RANK), Loader(2, seed=5 + RANK))
-    for one, other in ((trained.weights, twin_trained.weights), (whole(module), whole(twin))):
-        for name, value in one.items():
-            torch.testing.assert_close(value, other[name], msg=name)
-    if "lends" not in case.skips:
-        assert any(not torch.equal(value, {**trained.weights, **trained.statistics}[name]) for name, value in evaluated.items())
-    if "pooled" not in case.skips:
-        assert_equal(*gathered(statistics(module)))
-        for name, value in statistics(module).items():
-            torch.testing.assert_close(value, statistics(twin)[name], msg=name)
-
-
-def check_fsdp2_neutral_is_nothing(case: Case, folder: Path) -> None:
-    """Neutral arguments change nothing in a sharded run."""
-    module, _ = fit_sharded([case.trick(**case.neutral)], case)
-    plain, _ = fit_sharded([], case)
-    assert_equal(whole(module), whole(plain))
-    if "neutral" not in case.skips:
-        assert_equal(statistics(module), statistics(plain))
-
-
-def _resume_sharded(case: Case, folder: Path, *, distributed_checkpoint: bool) -> None:
-    keep = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}", enable_version_counter=False)
-    module, trained = fit_sharded([case.make(), keep], case, distributed_checkpoint=distributed_checkpoint)
-    for step in (7, 10):
-        path = folder / f"step={step}.ckpt"
-        assert path.is_dir() == distributed_checkpoint
-        again, retrained = fit_sharded([case.make()], case, ckpt_path=str(path), distributed_checkpoint=distributed_checkpoint)
-        assert_equal(trained.weights, retrained.weights)
-        assert_equal(whole(module), whole(again))
-
-
-def check_fsdp2_resumes_from_a_full_checkpoint(case: Case, folder: Path) -> None:
-    """A resumed run equals one that never stopped; and the file loads into the plain model."""
-    _resume_sharded(case, folder, distributed_checkpoint=False)
-    checkpoint = torch.load(folder / "step=15.ckpt", weights_only=True)
-    case.model().load_state_dict({name: value for name, value in checkpoint["state_dict"].items() if name != "scale"})
-
-
-def check_fsdp2_resumes_from_a_sharded_checkpoint(case: Case, folder: Path) -> None:
-    """A resumed run equals one that never stopped."""
-    _resume_sharded(case, folder, distributed_checkpoint=True)
-
-
-def check_fsdp2_exception_returns_training_weights(case: Case, folder: Path) -> None:
-    """An exception in validation leaves the training weights in the shards."""
-
-    class Fails(Callback):
-        def on_validation_epoch_end(self, trainer, pl_module):
-            if not trainer.sanity_checking:
-                raise RuntimeError("in validation")  # noqa: EM101, TRY003
-
-    module, trained = fit_sharded([case.make(), Fails()], case, fails="in validation")
-    assert_equal(whole(module), trained.weights)
-
-
-def check_unsupported_strategies_are_refused(case: Case, folder: Path) -> None:
+def check_unreachable_parameters_are_refused(case: Case, folder: Path) -> None:
     """What cannot work is refused in `setup`, saying why."""
-    if "refused" in case.skips:
+    trick = case.make()
+    if not trick.follows_weights:
         return
-
-    class OnCPU(FSDPStrategy):
-        """Lightning refuses the exact class on the CPU."""
-
-    module = case.model()
     try:
-        make_trainer([case.make()], devices=2, strategy=OnCPU()).fit(module, Loader())
+        make_trainer([trick], devices=2, strategy=CPUFSDPStrategy(use_orig_params=False)).fit(case.model(), Loader())
     except errors.UnsupportedStrategyError as error:
-        assert "cannot work under FSDPStrategy: " in str(error)  # noqa: PT017
+        assert "FSDPStrategy(use_orig_params=False) melts them into flat ones" in str(error)  # noqa: PT017
         assert case.trick.__name__ in str(error)  # noqa: PT017
     else:
-        raise AssertionError("FSDPStrategy was not refused")  # noqa: EM101, TRY003
+        raise AssertionError("flat parameters were not refused")  # noqa: EM101, TRY003
 
 
 CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]
@@ -305,8 +173,6 @@ def main() -> None:
     for case in CASES:
         for check in CHECKS:
             key = f"{case.trick.__name__}-{check.__name__.removeprefix('check_')}"
-            if "fsdp2" in key and not hasattr(torch.cpu.Stream, "record_event"):
-                continue  # this torch runs FSDP2 on accelerators only
             folder = root / key if "resume" in key else root / case.trick.__name__
             folder.mkdir(exist_ok=True)
             try:

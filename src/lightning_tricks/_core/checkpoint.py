@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lightning_tricks._core.weights import named_tensors
+from lightning_tricks._core.strategies import named_tensors, own_part
 from lightning_tricks.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -59,13 +59,13 @@ def other_entries(checkpoint: Mapping[str, Any], present: Collection[str]) -> di
     return {key: entry for key, entry in record.items() if isinstance(entry, dict) and key not in present}
 
 
-def check_tensors(module: nn.Module, tensors: Mapping[str, Tensor], state_key: str) -> None:
-    """Check that stored tensors fit the model, before any is used.
+def check_tensors(module: nn.Module, tensors: Mapping[str, Tensor], state_key: str, *, parts: bool = False) -> None:
+    """Check that stored tensors, or this rank's parts of them, fit the model, before any is used.
 
     Raises:
         CheckpointError: If a name is unknown to the model or a shape differs.
     """
-    own = named_tensors(module)
+    own = {name: own_part(tensor) if parts else tensor for name, tensor in named_tensors(module).items()}
     for name, tensor in tensors.items():
         needed = f"shape {tuple(own[name].shape)}" if name in own else "no tensor of that name"
         found = f"shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"

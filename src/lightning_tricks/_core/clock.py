@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+from collections import OrderedDict
 from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lightning_tricks._core.lightning import scheduled_accumulation
 from lightning_tricks.errors import ArgumentError, TrickError, UnsupportedOptimizerError
@@ -16,11 +18,9 @@ from lightning_tricks.errors import ArgumentError, TrickError, UnsupportedOptimi
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from torch.utils.hooks import RemovableHandle
-
     from lightning_tricks._core.lightning import Trainer
 
-__all__ = ["Duration", "FitLength", "after_each_step", "plain_duration"]
+__all__ = ["Duration", "FitLength", "after_each_engine_step", "after_each_step", "plain_duration"]
 
 _FORM = re.compile(r"(?P<amount>\d+)\s*(?P<unit>steps?|epochs?)|(?P<percent>\d+(?:\.\d+)?)\s*%")
 
@@ -133,6 +133,41 @@ def _steps_of_fit(trainer: Trainer) -> float:
 def plain_duration(value: int | str) -> int | str:
     """Return an accepted duration as Python's own type, for a `repr` that evaluates back."""
     return str(value) if isinstance(value, str) else int(value)
+
+
+class _EngineSteps:
+    """Stands in for the `step` of a DeepSpeed engine, and calls its hooks around the steps that are really taken."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine, self._step = engine, engine.step
+        self._hooks: dict[int, tuple[Callable[[], None], Callable[[], None]]] = OrderedDict()
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        hooks, taken = list(self._hooks.values()), self._taken()
+        for before, _ in hooks:
+            before()
+        result = self._step(*arguments, **options)
+        for _, act in hooks if self._taken() > taken else ():
+            act()
+        return result
+
+    def _taken(self) -> int:
+        return int(self._engine.global_steps) - int(self._engine.skipped_steps)
+
+    def register(self, before: Callable[[], None], act: Callable[[], None]) -> RemovableHandle:
+        handle = RemovableHandle(self._hooks)
+        self._hooks[handle.id] = before, act
+        return handle
+
+
+def after_each_engine_step(engine: Any, act: Callable[[], None], *, before: Callable[[], None]) -> list[RemovableHandle]:
+    """Call `act` after each step that a DeepSpeed engine really takes, and `before` before each that it is asked for.
+
+    The engine is asked at every batch; it steps when it has accumulated enough, unless the gradient overflows.
+    """
+    if not isinstance(engine.step, _EngineSteps):
+        engine.step = _EngineSteps(engine)
+    return [engine.step.register(before, act)]
 
 
 def after_each_step(optimizer: Optimizer, act: Callable[[], None], *, before: Callable[[], None] | None = None) -> list[RemovableHandle]:

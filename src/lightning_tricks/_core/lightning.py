@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
     from lightning.pytorch.utilities.seed import isolate_rng
     from lightning.pytorch.utilities.types import STEP_OUTPUT
+    from torch import nn
 
 __all__ = [
     "STEP_OUTPUT",
@@ -45,6 +46,7 @@ __all__ = [
     "scheduled_accumulation",
     "set_rng_states",
     "trainer_of",
+    "wrapped",
 ]
 
 
@@ -169,3 +171,10 @@ def scales_gradients(module: object) -> bool:
     """Tell whether the Trainer of a LightningModule scales gradients, as it does in float16."""
     plugin = getattr(getattr(module, "_trainer", None), "precision_plugin", None)
     return getattr(plugin, "scaler", None) is not None
+
+
+def wrapped(module: nn.Module) -> nn.Module:
+    """Return a module as the strategy of its Trainer has wrapped it, or as it is."""
+    strategy = getattr(getattr(module, "_trainer", None), "strategy", None)
+    model: nn.Module | None = getattr(strategy, "model", None)
+    return module if model is None or getattr(strategy, "lightning_module", None) is not module else model

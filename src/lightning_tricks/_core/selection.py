@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
+from lightning_tricks._core.strategies import plain_name
 from lightning_tricks.errors import NothingMatchedError
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def select_parameters(
         NothingMatchedError: If no trainable parameter is left, saying which of four reasons holds: the model has no parameters,
             `where` matches none, `exclude` removes all, or all that are left are frozen.
     """
-    everything = dict(module.named_parameters())
+    everything = {plain_name(name): parameter for name, parameter in module.named_parameters()}
     located = {name: parameter for name, parameter in everything.items() if matches(name, where)}
     selected = {name: parameter for name, parameter in located.items() if not matches(name, exclude)}
     if any(parameter.requires_grad for parameter in selected.values()):

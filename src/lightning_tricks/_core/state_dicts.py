@@ -1,4 +1,4 @@
-"""Other tensors in the place of a model's in its state dict, and tensors beside it, whether whole or sharded."""
+"""Other tensors in the place of a model's in its state dict, and tensors beside it, whether whole or spread over ranks."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_tricks._core.checkpoint import check_tensors
-from lightning_tricks._core.strategies import as_sharded, is_sharded, load_parts, part_of, return_to_shards, whole
-from lightning_tricks._core.weights import memory, named_tensors
+from lightning_tricks._core.strategies import as_sharded, cut, holder_of, is_sharded, load_parts, named_tensors, return_to_shards, whole
+from lightning_tricks._core.weights import memory
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,17 +18,19 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["laid_out", "put_beside", "read_beside", "replaced"]
+    from lightning_tricks._core.shards import Shards
+
+__all__ = ["laid_out", "put_beside", "read_beside", "replaced", "sharded_name"]
 
 
-def laid_out(parts: Mapping[str, Tensor], likes: Mapping[str, Tensor], *, sharded: bool) -> dict[str, Tensor]:
+def laid_out(parts: Mapping[str, Tensor], likes: Mapping[str, Tensor | Shards], *, sharded: bool) -> dict[str, Tensor]:
     """Return tensors for a checkpoint: sharded as others if asked, or else whole, on the rank that writes.
 
     All ranks must call this together.
 
     Args:
         parts: This rank's parts by name.
-        likes: The tensors whose layout they have, by name.
+        likes: What they are spread like, by name.
         sharded: Whether to leave them sharded.
     """
     if sharded:
@@ -37,7 +39,9 @@ def laid_out(parts: Mapping[str, Tensor], likes: Mapping[str, Tensor], *, sharde
     return {name: tensor for name, tensor in wholes.items() if tensor is not None}
 
 
-def replaced(state_dict: dict[str, Any], parts: Mapping[str, Tensor], likes: Mapping[str, Tensor], module: nn.Module) -> dict[str, Any]:
+def replaced(
+    state_dict: dict[str, Any], parts: Mapping[str, Tensor], likes: Mapping[str, Tensor | Shards], module: nn.Module
+) -> dict[str, Any]:
     """Return a model's state dict with other tensors, in the dtype that it has.
 
     Tensors are found by the memory that they share with the model's, whatever their names, or else, as copies, by name. All ranks
@@ -46,15 +50,16 @@ def replaced(state_dict: dict[str, Any], parts: Mapping[str, Tensor], likes: Map
     Args:
         state_dict: The state dict, which stays as it is.
         parts: This rank's parts of the tensors that take the place of the model's, by name.
-        likes: The model's tensors by name, with their whole shapes.
+        likes: The model's tensors by name, and shards for those that are spread over ranks.
         module: The model.
     """
     return_to_shards(module)
     tensors = laid_out(parts, likes, sharded=is_sharded(state_dict))
-    live = {name: tensor for name, tensor in likes.items() if name in tensors}
+    live = {name: holder_of(like) for name, like in likes.items() if name in tensors}
     by_memory = {memory(tensor): name for name, tensor in live.items() if tensor.numel()}
     same = {id(tensor): name for name, tensor in live.items()}
-    by_name = {name: same[id(tensor)] for name, tensor in named_tensors(module).items() if id(tensor) in same}
+    holders = {name: id(holder_of(tensor)) for name, tensor in named_tensors(module).items()}
+    by_name = {name: same[holder] for name, holder in holders.items() if holder in same}
     state = copy(state_dict)  # which keeps `_metadata`
     for key, value in state_dict.items():
         name = by_memory.get(memory(value)) if isinstance(value, Tensor) and value.numel() else None
@@ -72,7 +77,7 @@ def put_beside(state_dict: dict[str, Any], tensors: Mapping[str, Tensor], group:
     Returns:
         The dtype of each by name, which `read_beside` needs.
     """
-    state_dict.update({_sharded_name(state_key, group, name): tensor for name, tensor in tensors.items()})
+    state_dict.update({sharded_name(state_key, group, name): tensor for name, tensor in tensors.items()})
     return {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
 
 
@@ -81,7 +86,7 @@ def read_beside(entry: Mapping[str, Any], group: str, module: nn.Module, path: s
 
     Args:
         entry: A trick's entry in a checkpoint, with whole tensors under ``entry[group]`` and what `put_beside` returned under
-            ``entry["sharded"][group]``.
+            ``entry["sharded"][group]``. Where ``entry["own_files"]`` is true, each rank has written its own parts.
         group: Which tensors.
         module: The model whose layout they have.
         path: Where the checkpoint was read from.
@@ -92,14 +97,19 @@ def read_beside(entry: Mapping[str, Any], group: str, module: nn.Module, path: s
     """
     own = named_tensors(module)
     stored, dtypes = dict(entry[group]), entry["sharded"][group]
-    check_tensors(module, stored, state_key)
-    likes = {_sharded_name(state_key, group, name): own[name].detach().to(getattr(torch, dtype)) for name, dtype in dtypes.items()}
-    parts = load_parts(str(path), likes) if likes else {}
+    own_files = entry.get("own_files", False)
+    check_tensors(module, stored, state_key, parts=own_files)
+    if own_files:
+        return stored
+    likes = {sharded_name(state_key, group, name): own[name] for name in dtypes}
+    wanted = {sharded_name(state_key, group, name): getattr(torch, dtype) for name, dtype in dtypes.items()}
+    parts = load_parts(str(path), likes, wanted) if likes else {}
     return {
-        **{name: part_of(tensor, own[name]) for name, tensor in stored.items()},
-        **{name: parts[_sharded_name(state_key, group, name)] for name in dtypes},
+        **{name: cut(tensor, own[name]) for name, tensor in stored.items()},
+        **{name: parts[sharded_name(state_key, group, name)] for name in dtypes},
     }
 
 
-def _sharded_name(state_key: str, group: str, name: str) -> str:
+def sharded_name(state_key: str, group: str, name: str) -> str:
+    """Return the name under which a tensor goes into a sharded state dict."""
     return f"lightning_tricks/{state_key}/{group}/{name}"

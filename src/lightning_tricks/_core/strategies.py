@@ -1,30 +1,61 @@
-"""What a strategy does to tensors: which part of each a rank owns, and how to get from parts to wholes and back."""
+"""What a strategy does to a model, and how to undo it for a moment."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp._runtime_utils import _reshard
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from lightning_tricks._core.lightning import wrapped
+from lightning_tricks._core.shards import Shards, find_shards
 from lightning_tricks.errors import UnsupportedStrategyError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
+
+    from torch.optim import Optimizer
 
     from lightning_tricks._core.lightning import Trainer
 
-__all__ = ["as_sharded", "is_sharded", "load_parts", "own_part", "part_of", "refuse_strategies", "return_to_shards", "whole"]
+__all__ = [
+    "as_sharded",
+    "cut",
+    "engine_of",
+    "holder_of",
+    "is_sharded",
+    "load_parts",
+    "moved_by",
+    "named_tensors",
+    "own_part",
+    "owner_of",
+    "plain_name",
+    "refuse_strategies",
+    "refuse_unreachable_parameters",
+    "return_to_shards",
+    "stored_tensors",
+    "through_wrapper",
+    "whole",
+    "writes_own_files",
+]
+
+_WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def _is_a(trainer: Trainer, strategy: str) -> bool:
+    """Tell a strategy by the names in its ancestry, since Lightning exists under two package names."""
+    return any(kind.__name__ == strategy for kind in type(trainer.strategy).__mro__)
 
 
 def refuse_strategies(trainer: Trainer, trick: str, reasons: dict[str, str]) -> None:
     """Refuse strategies under which a trick cannot work.
-
-    A strategy is known by the names in its ancestry, since Lightning exists under two package names.
 
     Args:
         trainer: The Trainer.
@@ -34,70 +65,154 @@ def refuse_strategies(trainer: Trainer, trick: str, reasons: dict[str, str]) -> 
     Raises:
         UnsupportedStrategyError: If the Trainer's strategy is one of them.
     """
-    for kind in type(trainer.strategy).__mro__:
-        if kind.__name__ in reasons:
-            msg = f"{trick} cannot work under {kind.__name__}: {reasons[kind.__name__]}. Use another strategy, or remove the callback."
+    for strategy, reason in reasons.items():
+        if _is_a(trainer, strategy):
+            msg = f"{trick} cannot work under {strategy}: {reason}. Use another strategy, or remove the callback."
             raise UnsupportedStrategyError(msg)
 
 
-def return_to_shards(module: nn.Module) -> None:
-    """Let FSDP2 modules hold their shards.
+def refuse_unreachable_parameters(trainer: Trainer, trick: str) -> None:
+    """Refuse settings of a strategy under which no rank can read and write its part of each parameter.
 
-    A forward pass without gradients leaves the root unsharded: then `parameters` yields whole tensors whose changes are lost, and the
-    next forward pass would not see changes of the shards.
+    Raises:
+        UnsupportedStrategyError: If the Trainer's strategy has one of them.
     """
-    for child in module.modules():
+    strategy: Any = trainer.strategy
+    if _is_a(trainer, "FSDPStrategy") and not strategy.kwargs.get("use_orig_params"):
+        msg = f"{trick} follows parameters, and FSDPStrategy(use_orig_params=False) melts them into flat ones. Pass `use_orig_params=True`."
+        raise UnsupportedStrategyError(msg)
+    config = strategy.config if _is_a(trainer, "DeepSpeedStrategy") else None
+    offloaded = ((config or {}).get("zero_optimization") or {}).get("offload_param") or {}
+    if offloaded.get("device") == "nvme":
+        msg = f"{trick} follows parameters, and DeepSpeed keeps them on NVMe here, out of reach. Offload them to the CPU, or not at all."
+        raise UnsupportedStrategyError(msg)
+
+
+def return_to_shards(module: nn.Module) -> None:
+    """Let parameters that were gathered for a while be spread over ranks again.
+
+    A forward pass without gradients leaves the root of FSDP unsharded, and ZeRO-3 never spreads small parameters: then `parameters`
+    yields whole tensors whose changes are lost, and the next forward pass would not see changes of the shards.
+    """
+    for child in wrapped(module).modules():
         if isinstance(child, FSDPModule):
             child.reshard()
+        elif isinstance(child, FullyShardedDataParallel):
+            handle = child._handle
+            if handle is not None and hasattr(handle.flat_param, "_local_shard"):  # from the first forward pass on
+                _reshard(child, handle, free_unsharded_flat_param=handle.uses_sharded_strategy)
+    for parameter in module.parameters():
+        if hasattr(parameter, "ds_status") and parameter.ds_status.name == "AVAILABLE":
+            parameter.partition()  # type: ignore[attr-defined]
+
+
+def writes_own_files(trainer: Trainer) -> bool:
+    """Tell whether the strategy writes the weights itself, each rank its own, as DeepSpeed does, rather than the checkpoint it is given."""
+    return _is_a(trainer, "DeepSpeedStrategy")
+
+
+def engine_of(trainer: Trainer) -> Any | None:
+    """Return DeepSpeed's engine, which steps in the optimizer's place."""
+    model = trainer.strategy.model
+    return model if _is_a(trainer, "DeepSpeedStrategy") and model is not trainer.lightning_module else None
+
+
+def through_wrapper(trainer: Trainer, method: str) -> Callable[..., Any]:
+    """Return a method of the module that may call its layers, within the forward pass of the wrapper where that gathers weights."""
+    strategy: Any = trainer.strategy
+    module = trainer.lightning_module
+    if engine_of(trainer) is None and not isinstance(strategy.model, FullyShardedDataParallel):
+        call: Callable[..., Any] = getattr(module, method)
+        return call
+    return partial(strategy._forward_redirection, strategy.model, module, method)
+
+
+def moved_by(optimizer: Optimizer) -> set[int]:
+    """Return the identities of the parameters that an optimizer moves; DeepSpeed's keep copies of them in their groups."""
+    own = (group["params"] for group in optimizer.param_groups)
+    copied = (group for name in ("bit16_groups", "fp16_groups") for group in getattr(optimizer, name, ()))
+    return {id(parameter) for group in (*own, *copied) for parameter in group}
+
+
+def plain_name(name: str) -> str:
+    """Return a qualified name without the wrappers that a strategy puts around modules."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def owner_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Return the module that holds a named tensor, inside all wrappers, and the tensor's name there."""
+    path, _, key = name.rpartition(".")
+    owner = module.get_submodule(path)
+    while inner := next((owner._modules[wrapper] for wrapper in _WRAPPERS if wrapper in owner._modules), None):
+        owner = inner
+    return owner, key
+
+
+def named_tensors(module: nn.Module) -> dict[str, Tensor | Shards]:
+    """Return parameters and buffers by every name they have, tied ones under each, and shards for those that are spread over ranks."""
+    shards = find_shards(wrapped(module))
+    tensors = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    return {plain_name(name): shards.get(id(tensor), tensor) for name, tensor in tensors}
+
+
+def stored_tensors(module: nn.Module) -> dict[str, Tensor | Shards]:
+    """Return those named tensors that a state dict holds."""
+    modules = module.named_modules(remove_duplicate=False)
+    passing = {plain_name(f"{path}.{key}".lstrip(".")) for path, owner in modules for key in owner._non_persistent_buffers_set}
+    return {name: tensor for name, tensor in named_tensors(module).items() if name not in passing}
 
 
 def is_sharded(state_dict: Mapping[str, Any]) -> bool:
     """Tell whether a state dict holds each rank's own parts."""
-    return any(isinstance(tensor, DTensor) for tensor in state_dict.values())
+    return any(isinstance(tensor, DTensor | ShardedTensor) for tensor in state_dict.values())
 
 
-def own_part(tensor: Tensor) -> Tensor:
+def holder_of(tensor: Tensor | Shards) -> Tensor:
+    """Return the parameter or buffer itself, as the optimizer knows it."""
+    return tensor.parameter if isinstance(tensor, Shards) else tensor
+
+
+def own_part(tensor: Tensor | Shards) -> Tensor:
     """Return the part of a tensor that this rank owns: a view, which may be all of it."""
+    if isinstance(tensor, Shards):
+        return tensor.own
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
-def as_sharded(part: Tensor, like: Tensor) -> Tensor:
-    """Return the tensor of which each rank has a part, laid out as another; a view of the part."""
-    if not isinstance(like, DTensor):
-        return part
-    # Without shape and stride, ranks with uneven parts would disagree about both.
-    return DTensor.from_local(part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
+def as_sharded(part: Tensor, like: Tensor | Shards) -> Tensor:
+    """Return the tensor of which each rank has a part, spread as another; a view of the part."""
+    return like.as_sharded(part) if isinstance(like, Shards) else part
 
 
-def whole(part: Tensor, like: Tensor) -> Tensor | None:
+def whole(part: Tensor, like: Tensor | Shards) -> Tensor | None:
     """Gather the whole tensor from the parts of all ranks, which must all call this; the rank that writes gets it, on the CPU."""
-    sharded = as_sharded(part, like)
-    if not isinstance(sharded, DTensor):
+    if not isinstance(like, Shards):
         return part
-    gathered = sharded.full_tensor()
-    return gathered.cpu() if torch.distributed.get_rank() == 0 else None
+    gathered = like.whole(part)
+    return gathered.cpu() if distributed.get_rank() == 0 else None
 
 
-def part_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return this rank's part of a whole tensor, laid out as another; no rank needs to wait for others."""
-    if not isinstance(like, DTensor):
+def cut(tensor: Tensor, like: Tensor | Shards) -> Tensor:
+    """Return this rank's part of a whole tensor, spread as another; no rank needs to wait for others."""
+    if not isinstance(like, Shards):
         return tensor
-    shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
     with torch.no_grad():
-        return tensor[tuple(slice(begin, begin + size) for begin, size in zip(offset, shape, strict=True))]
+        return like.cut(tensor)
 
 
-def load_parts(path: str, likes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def load_parts(path: str, likes: Mapping[str, Tensor | Shards], dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
     """Read this rank's parts of tensors from a sharded checkpoint.
 
     Args:
         path: The checkpoint's folder.
-        likes: Names under ``state_dict`` in the checkpoint, each with a tensor of the layout, dtype and device to read it into; its
-            values are not used.
+        likes: Names in the checkpoint's state dict, each with what it is spread like; its values are not used.
+        dtypes: The dtype of each.
 
     Returns:
         The parts by name.
     """
-    parts = {name: torch.empty_like(own_part(like)) for name, like in likes.items()}
-    load({"state_dict": {name: as_sharded(part, likes[name]) for name, part in parts.items()}}, checkpoint_id=path)
+    parts = {name: torch.empty_like(own_part(like), dtype=dtypes[name]) for name, like in likes.items()}
+    stored = FileSystemReader(path).read_metadata().state_dict_metadata
+    root = "state_dict" if any(key.startswith("state_dict.") for key in stored) else "model"  # FSDP2 and FSDP1 call it by other names
+    load({root: {name: as_sharded(part, likes[name]) for name, part in parts.items()}}, checkpoint_id=path)
     return parts

@@ -15,7 +15,7 @@ from lightning_tricks.errors import ArgumentError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["copy_", "lerp_", "memory", "named_tensors", "swap_", "using_weights"]
+__all__ = ["copy_", "lerp_", "memory", "swap_", "using_weights"]
 
 _PIECE = 1 << 20  # elements handled at once where a temporary copy is needed
 
@@ -81,11 +81,6 @@ def memory(tensor: Tensor) -> tuple[int, int, int]:
     return tensor.untyped_storage().data_ptr(), first * tensor.element_size(), last * tensor.element_size()
 
 
-def named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers by every name they have, tied ones under each."""
-    return {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers(remove_duplicate=False))}
-
-
 @contextmanager
 def using_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Put other weights into a model for the length of a ``with`` block.
@@ -106,7 +101,8 @@ def using_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[N
         ...     model(torch.zeros(2)).item()
         7.0
     """
-    named, stored = named_tensors(model), model.state_dict(keep_vars=True)  # some of what a state dict holds is no tensor of the model
+    named = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    stored = model.state_dict(keep_vars=True)  # some of what it holds is no tensor of the model
     if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for name, value in weights.items() if name in named):
         msg = f"`weights` must map names to tensors, got {type(weights).__name__}."
         raise ArgumentError(msg)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_tricks._core.checkpoint import read_entry, write_entry
 from lightning_tricks._core.checks import check_choice, check_device, check_patterns, check_precise_dtype
-from lightning_tricks._core.clock import after_each_step, plain_duration
+from lightning_tricks._core.clock import after_each_engine_step, after_each_step, plain_duration
 from lightning_tricks._core.evaluation import validate_aside
 from lightning_tricks._core.lightning import (
     STEP_OUTPUT,
@@ -22,7 +22,7 @@ from lightning_tricks._core.lightning import (
     rank_zero_warn,
 )
 from lightning_tricks._core.selection import select_parameters
-from lightning_tricks._core.strategies import refuse_strategies
+from lightning_tricks._core.strategies import engine_of, moved_by, refuse_unreachable_parameters, return_to_shards, writes_own_files
 from lightning_tricks._core.surgery import Patches
 from lightning_tricks._core.swapping import SwappingTrick
 from lightning_tricks.averaging._averages import Averages
@@ -41,11 +41,6 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
 __all__ = ["WeightAverage"]
-
-_UNSUPPORTED = {
-    "FSDPStrategy": "FSDP1 keeps parameters in flat tensors, which averages do not follow yet; FSDP2 (ModelParallelStrategy) works",
-    "DeepSpeedStrategy": "the engine keeps and shards its own copies of the parameters, which averages do not follow yet",
-}
 
 
 class WeightAverage(SwappingTrick):
@@ -77,7 +72,7 @@ class WeightAverage(SwappingTrick):
         self.evaluate = check_choice("evaluate", evaluate, (True, False, "both"))
         self._averages: Averages | None = None  # of the model trained last
         self._roster: Roster | None = None  # during a fit
-        self._patches = Patches()
+        self._patches, self._lasting = Patches(), Patches()  # the latter until the next setup, since models are saved after a fit, too
         self._hooks: list[RemovableHandle] = []
         self._hooked: list[Optimizer] = []
         self._was_inside: bool | None = None  # before the present evaluation; None where there is none of ours
@@ -140,7 +135,7 @@ class WeightAverage(SwappingTrick):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        refuse_strategies(trainer, repr(self), _UNSUPPORTED)
+        refuse_unreachable_parameters(trainer, repr(self))
         if stage == "fit":
             try:
                 self._select(pl_module)
@@ -150,6 +145,9 @@ class WeightAverage(SwappingTrick):
             self._take_up(pl_module)
             if self.evaluation_owner:
                 self._patches.wrap(trainer.strategy, "lightning_module_state_dict", partial(self._deploying, trainer))
+        self._lasting.undo()
+        if writes_own_files(trainer):
+            self._lasting.wrap(trainer.strategy, "save_checkpoint", partial(self._saving, trainer))
         if self.evaluate == "both" and stage in {"fit", "validate"}:
             loop = trainer.fit_loop.epoch_loop.val_loop if stage == "fit" else trainer.validate_loop
             self._patches.wrap(loop, "run", lambda run: partial(self._run_twice, trainer, loop, run))
@@ -170,7 +168,7 @@ class WeightAverage(SwappingTrick):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        moved = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+        moved = set().union(*map(moved_by, trainer.optimizers))
         if not any(id(parameter) in moved for parameter in self._select(pl_module).values()):
             msg = (
                 f"{self!r} averages once per optimizer step, and no optimizer of {type(pl_module).__name__} has any parameter that it "
@@ -179,6 +177,7 @@ class WeightAverage(SwappingTrick):
             raise TrickError(msg)
 
     def _select(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        return_to_shards(module)
         return select_parameters(module, self.where, self.exclude, trick=repr(self))
 
     # During a fit
@@ -201,7 +200,9 @@ class WeightAverage(SwappingTrick):
         changes = self._roster.enroll(places, averages.tracks)
         averages.tracks = self._roster.tracks
         self._hooked = list(trainer.optimizers)
-        for i, optimizer in enumerate(self._hooked):
+        if (engine := engine_of(trainer)) is not None:
+            self._hooks += after_each_engine_step(engine, partial(self._stepped, trainer, 0), before=self._roster.admit)
+        for i, optimizer in enumerate(self._hooked) if engine is None else ():
             self._hooks += after_each_step(optimizer, partial(self._stepped, trainer, i), before=self._roster.admit)
         self._begin_where_due(trainer)
         return changes
@@ -317,9 +318,11 @@ class WeightAverage(SwappingTrick):
         averages = self._averages
         if averages is None or averages.module is not pl_module:
             return
-        if self.evaluation_owner:
+        own_files = writes_own_files(trainer)
+        deployed = self.evaluation_owner and not own_files
+        if deployed and not averages.cut_in_runs:
             checkpoint["state_dict"] = averages.replaced(checkpoint["state_dict"], averages.averaged())
-        entry = pack(averages, checkpoint, self.state_key, deployed=self.evaluation_owner)
+        entry = pack(averages, checkpoint, self.state_key, deployed=deployed, own_files=own_files)
         write_entry(checkpoint, self.state_key, repr(self), {**entry, "ended_epoch": self._cadence.ended_epoch})
 
     @override
@@ -331,6 +334,7 @@ class WeightAverage(SwappingTrick):
         self._cadence.ended_epoch = -1 if entry is None else entry["ended_epoch"]
         if self.evaluation_owner and not fitting:
             averages.adopt(raw)
+            averages.put_average()
             return
         present = [callback.state_key for callback in callbacks_of(trainer)]
         absent = unpack_absent(checkpoint, pl_module, present, trainer.ckpt_path) if fitting else {}
@@ -347,10 +351,27 @@ class WeightAverage(SwappingTrick):
 
     def _deploying(self, trainer: Trainer, state_dict: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
         def deployed() -> dict[str, Any]:
-            averages, state = self._averages, state_dict()
-            return averages.replaced(state, averages.averaged()) if averages is not None and self._acts_on(trainer) else state
+            averages = self._averages
+            if averages is None or not self._acts_on(trainer):
+                return state_dict()
+            if averages.cut_in_runs:  # the strategy alone can put wholes together
+                with averages.holding(average=True):
+                    return state_dict()
+            return averages.replaced(state_dict(), averages.averaged())
 
         return deployed
+
+    def _saving(self, trainer: Trainer, save: Callable[..., None]) -> Callable[..., None]:
+        """Let DeepSpeed, which writes the weights itself and starts from those when it resumes, write the raw ones."""
+
+        def saved(*arguments: Any, **options: Any) -> None:
+            if self._averages is None or not self._acts_on(trainer):
+                save(*arguments, **options)
+                return
+            with self._averages.holding(average=False):
+                save(*arguments, **options)
+
+        return saved
 
     def _acts_on(self, trainer: Trainer) -> bool:
         """Tell whether a Trainer, which may have gone on without this callback after an exception, trains the model averaged here."""

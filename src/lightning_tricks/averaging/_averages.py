@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
+import torch
 from torch import Tensor
 
+from lightning_tricks._core.shards import Runs, Shards
 from lightning_tricks._core.state_dicts import laid_out, replaced
-from lightning_tricks._core.strategies import own_part, return_to_shards
-from lightning_tricks._core.weights import copy_, named_tensors
+from lightning_tricks._core.strategies import (
+    holder_of,
+    named_tensors,
+    own_part,
+    return_to_shards,
+    stored_tensors,
+    whole,
+)
+from lightning_tricks._core.weights import copy_
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from torch import nn
 
@@ -46,6 +56,11 @@ class Averages:
     def inside(self) -> bool:
         """Whether the model holds averages."""
         return any(track.inside for track in self.tracks)
+
+    @property
+    def cut_in_runs(self) -> bool:
+        """Whether the strategy spreads parameters as no tensor can be."""
+        return any(isinstance(tensor, Runs) for tensor in named_tensors(self.module).values())
 
     @property
     def untouched(self) -> bool:
@@ -98,10 +113,30 @@ class Averages:
                 raw |= {name: tensor for track in other.tracks for name, tensor in track.raw().items() if name in raw}
         return raw
 
+    @contextmanager
+    def holding(self, *, average: bool) -> Iterator[None]:
+        """Let the model hold the averages, or the training weights, for the length of a ``with`` block."""
+        inside = self.inside
+        self._put(average=average)
+        try:
+            yield
+        finally:
+            self._put(average=inside)
+
     def state_dict(self, *, averaged: bool) -> dict[str, Tensor]:
-        """Return copies of the model's state, with averages or with training weights."""
+        """Return copies of the model's state, with averages or with training weights.
+
+        Where parameters are spread over ranks as no state dict can be, all ranks must call this together, and rank zero gets the state.
+        """
         return_to_shards(self.module)
-        state = self.replaced(self.module.state_dict(), self.averaged() if averaged else self.raw())
+        parts = self.averaged() if averaged else self.raw()
+        if self.cut_in_runs:
+            held = {id(place.holder): parts[name] for track in self.tracks for name, place in track.places.items() if name in parts}
+            stored = stored_tensors(self.module)
+            wholes = {name: whole(held.get(id(holder_of(tensor)), own_part(tensor)), tensor) for name, tensor in stored.items()}
+            state: dict[str, Any] = dict(wholes) if torch.distributed.get_rank() == 0 else {}
+        else:
+            state = self.replaced(self.module.state_dict(), parts)
         return {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
 
     def laid_out(self, parts: Mapping[str, Tensor], *, sharded: bool) -> dict[str, Tensor]:
@@ -112,6 +147,6 @@ class Averages:
         """Return the model's state dict with other tensors; see `_core.state_dicts.replaced`."""
         return replaced(state_dict, parts, self._live(), self.module)
 
-    def _live(self) -> dict[str, Tensor]:
-        """Return the model's tensors by name, with their whole shapes."""
-        return {name: place.whole for track in self.tracks for name, place in track.places.items()}
+    def _live(self) -> dict[str, Tensor | Shards]:
+        """Return the model's tensors by name, and shards for those that are spread over ranks."""
+        return {name: place.shards or place.holder for track in self.tracks for name, place in track.places.items()}

@@ -125,7 +125,7 @@ class EMA(WeightAverage):
         ArgumentError: If an argument lies outside its domain.
         NothingMatchedError: At setup, if `where` and `exclude` leave no trainable parameter.
         TrickConflictError: At setup, if another callback, Lightning's own included, also replaces the evaluation weights or prunes.
-        UnsupportedStrategyError: At setup, under FSDP1 and DeepSpeed.
+        UnsupportedStrategyError: At setup, under FSDP1 with ``use_orig_params=False`` and with parameters offloaded to NVMe.
         UnsupportedOptimizerError: When training starts, if an optimizer is no ``torch.optim.Optimizer``.
         TrickError: When training starts, if no optimizer holds what is averaged, or a duration needs a fit of unknown length.
         CheckpointError: On resuming, if the checkpoint's entry is damaged or does not fit the model; nothing of it is loaded.
@@ -139,8 +139,10 @@ class EMA(WeightAverage):
         from them. ``checkpoint["state_dict"]`` holds the average if this callback evaluates, so that ``load_from_checkpoint`` deploys
         it; resuming restores weights and average to the bit. A copied or pickled EMA has the same arguments and no progress.
 
-        Works under DDP, where each rank keeps the same average, under FSDP2, where each averages the shards it owns, and with
-        ``torch.compile``.
+        Works under DDP and DeepSpeed's ZeRO-1 and 2, where each rank keeps the same average, under FSDP2, FSDP1 and ZeRO-3, where
+        each averages the shards it owns, and with ``torch.compile``. Under FSDP1 and ZeRO-3, `averaged_state_dict` and
+        `raw_state_dict` must be called on all ranks, and rank zero gets the whole state. DeepSpeed's checkpoints hold the raw weights;
+        `functional.averaged_state_dict` reads the averaged ones out of them.
 
     References:
         - B. T. Polyak and A. B. Juditsky, "Acceleration of Stochastic Approximation by Averaging", SIAM Journal on Control and

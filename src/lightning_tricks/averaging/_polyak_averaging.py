@@ -52,7 +52,7 @@ class PolyakAveraging(WeightAverage):
         ArgumentError: If an argument lies outside its domain, or `stop` does not come after `start`.
         NothingMatchedError: At setup, if `where` and `exclude` leave no trainable parameter.
         TrickConflictError: At setup, if another callback, Lightning's own included, also replaces the evaluation weights or prunes.
-        UnsupportedStrategyError: At setup, under FSDP1 and DeepSpeed.
+        UnsupportedStrategyError: At setup, under FSDP1 with ``use_orig_params=False`` and with parameters offloaded to NVMe.
         UnsupportedOptimizerError: When training starts, if an optimizer is no ``torch.optim.Optimizer``.
         TrickError: When training starts, if no optimizer holds what is averaged, or a duration needs a fit of unknown length.
         CheckpointError: On resuming, if the checkpoint's entry is damaged or does not fit the model; nothing of it is loaded.

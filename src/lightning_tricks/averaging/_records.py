@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lightning_tricks._core.checkpoint import other_entries
 from lightning_tricks._core.state_dicts import put_beside, read_beside
-from lightning_tricks._core.strategies import is_sharded, return_to_shards
+from lightning_tricks._core.strategies import holder_of, is_sharded, named_tensors, return_to_shards
 from lightning_tricks.averaging._averages import Averages
 from lightning_tricks.averaging._roster import place_of
 from lightning_tricks.averaging._tracks import Storage, Track
@@ -23,7 +24,7 @@ __all__ = ["pack", "unpack", "unpack_absent"]
 _COUNTS = ("steps", "begun", "epoch", "latest", "updates")
 
 
-def pack(averages: Averages, checkpoint: dict[str, Any], state_key: str, *, deployed: bool) -> dict[str, Any]:
+def pack(averages: Averages, checkpoint: dict[str, Any], state_key: str, *, deployed: bool, own_files: bool = False) -> dict[str, Any]:
     """Return what resuming needs besides the state dict. All ranks must call this together.
 
     Args:
@@ -31,6 +32,7 @@ def pack(averages: Averages, checkpoint: dict[str, Any], state_key: str, *, depl
         checkpoint: The checkpoint. If it is sharded, tensors go into its state dict, under names that no model has.
         state_key: Whose averages they are.
         deployed: Whether the state dict holds the averages.
+        own_files: Whether each rank writes what it has, as DeepSpeed's do. Then this is its parts.
 
     Returns:
         The counts of each track; the training weights if they are not in the state dict; and the averages that are not there, or
@@ -38,16 +40,17 @@ def pack(averages: Averages, checkpoint: dict[str, Any], state_key: str, *, depl
     """
     state_dict = checkpoint["state_dict"]
     sharded = is_sharded(state_dict)
+    lay_out = dict if own_files else partial(averages.laid_out, sharded=sharded)
     averaged = averages.averaged()
     places = {name: place for track in averages.tracks for name, place in track.places.items()}
     held = {
         name
         for name, average in averaged.items()
-        if deployed and average.dtype == places[name].tensor.dtype and (places[name].sharded is not None or name in state_dict)
+        if deployed and average.dtype == places[name].tensor.dtype and (places[name].shards is not None or name in state_dict)
     }
     tensors = {
-        "raw": averages.laid_out(averages.raw() if deployed else {}, sharded=sharded),
-        "average": averages.laid_out({name: part for name, part in averaged.items() if name not in held}, sharded=sharded),
+        "raw": lay_out(averages.raw() if deployed else {}),
+        "average": lay_out({name: part for name, part in averaged.items() if name not in held}),
     }
     dtypes: dict[str, dict[str, str]] = {"raw": {}, "average": {}}  # of the tensors in the state dict
     for group, members in tensors.items() if sharded else ():
@@ -65,7 +68,16 @@ def pack(averages: Averages, checkpoint: dict[str, Any], state_key: str, *, depl
         **({"raw": {}, "average": {}} if sharded else tensors),
         "sharded": dtypes,
         "deployed": deployed,
+        "own_files": own_files,
+        "aliases": _aliases(averages) if own_files else {},
     }
+
+
+def _aliases(averages: Averages) -> dict[str, str]:
+    """Return the other names of tied parameters, each with the one under which its average is kept."""
+    followed = {id(place.holder): name for track in averages.tracks for name, place in track.places.items()}
+    names = {name: followed.get(id(holder_of(tensor)), name) for name, tensor in named_tensors(averages.module).items()}
+    return {alias: name for alias, name in names.items() if alias != name}
 
 
 def unpack(
@@ -89,6 +101,7 @@ def unpack(
     return_to_shards(averages.module)
     try:
         _check_counts(entry)
+        own = named_tensors(averages.module)
         raw, average = (read_beside(entry, group, averages.module, path, state_key) for group in ("raw", "average"))
         tracks = [
             Track(tuple(record["optimizers"]), averages.storage, **{count: record[count] for count in _COUNTS})
@@ -99,7 +112,7 @@ def unpack(
                 if name not in average:
                     # The model has it, unless it was not loaded there.
                     _ = raw[name], checkpoint.get("state_dict", raw)[name]
-                track.follow(name, place_of(averages.module, name, record["buffers"]), average.get(name))
+                track.follow(name, place_of(averages.module, name, own[name], record["buffers"]), average.get(name))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         msg = (
             f"The checkpoint's entry for {state_key} is incomplete or damaged ({type(error).__name__}: {error}). Nothing of it was loaded. "

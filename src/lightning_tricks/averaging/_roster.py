@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
 from lightning_tricks._core.selection import matches
-from lightning_tricks._core.strategies import own_part, return_to_shards
+from lightning_tricks._core.shards import Shards
+from lightning_tricks._core.strategies import moved_by, named_tensors, own_part, owner_of, plain_name, return_to_shards
 from lightning_tricks._core.weights import memory
 from lightning_tricks.averaging._tracks import Place, Storage, Track
 from lightning_tricks.errors import TrickError
@@ -23,13 +23,11 @@ if TYPE_CHECKING:
 __all__ = ["Roster", "list_places", "place_of"]
 
 
-def place_of(module: nn.Module, name: str, buffers: Literal["average", "keep"]) -> Place:
+def place_of(module: nn.Module, name: str, tensor: Tensor | Shards, buffers: Literal["average", "keep"]) -> Place:
     """Return where a named parameter or buffer lives."""
-    path, _, key = name.rpartition(".")
-    owner = module.get_submodule(path)
+    owner, key = owner_of(module, name)
     kind = "parameter" if key in owner._parameters else buffers
-    tensor = getattr(owner, key)
-    return Place(owner, key, kind, tensor if isinstance(tensor, DTensor) else None)
+    return Place(owner, key, kind, tensor if isinstance(tensor, Shards) else None)
 
 
 class Roster:
@@ -83,15 +81,15 @@ class Roster:
 
     def _sort_waiting(self) -> None:
         """Prepare the question that is asked before each step."""
-        tensors = [place.whole for place in self.waiting.values()]
+        tensors = [place.holder for place in self.waiting.values()]
         self._lazy = any(map(is_lazy, tensors))
         self._frozen = [tensor for tensor in tensors if not tensor.requires_grad]
 
     def _look_up_moved(self) -> None:
-        self._moved = [{id(p) for group in optimizer.param_groups for p in group["params"]} for optimizer in self._optimizers]
+        self._moved = [moved_by(optimizer) for optimizer in self._optimizers]
 
     def _track_of(self, place: Place, source: Track | None) -> Track:
-        key = tuple(i for i, moved in enumerate(self._moved) if id(place.whole) in moved) or (0,)
+        key = tuple(i for i, moved in enumerate(self._moved) if id(place.holder) in moved) or (0,)
         for track in self.tracks:
             if track.optimizers == key:
                 return track
@@ -115,11 +113,12 @@ def list_places(
     A buffer with infinities, such as an attention mask, is a constant: averaging would turn it into NaNs.
     """
     return_to_shards(module)
-    places = {name: place_of(module, name, "keep") for name in _once_per_memory(parameters)}
+    tensors = named_tensors(module)
+    places = {name: place_of(module, name, tensors[name], "keep") for name in _once_per_memory(parameters)}
     if buffers == "copy":
         return places
-    for name, buffer in module.named_buffers():
-        place = place_of(module, name, buffers)
+    for name, buffer in ((plain_name(name), buffer) for name, buffer in module.named_buffers()):
+        place = place_of(module, name, buffer, buffers)
         wanted = matches(name, where) and not matches(name, exclude)
         stored = place.key not in place.owner._non_persistent_buffers_set
         if wanted and stored and (is_lazy(buffer) or (buffer.is_floating_point() and bool(torch.isfinite(buffer).all()))):
@@ -154,4 +153,4 @@ def _once_per_memory(parameters: Mapping[str, nn.Parameter]) -> list[str]:
 
 
 def _ready(place: Place) -> bool:
-    return not is_lazy(place.whole) and (place.kind != "parameter" or place.whole.requires_grad)
+    return not is_lazy(place.holder) and (place.kind != "parameter" or place.holder.requires_grad)

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import nn
-    from torch.distributed.tensor import DTensor
+
+    from lightning_tricks._core.shards import Shards
 
 __all__ = ["Place", "Storage", "Track"]
 
@@ -27,25 +28,30 @@ __all__ = ["Place", "Storage", "Track"]
 class Place:
     """Where a tensor lives. It is looked up at each use, so that a tensor put there later is found.
 
-    A sharded tensor is held instead, since its place may at times be taken by the whole that was gathered from it.
+    One that is spread over ranks is held instead, since its place may at times be taken by the whole that was gathered from it.
     """
 
     owner: nn.Module
     key: str
     kind: Literal["parameter", "average", "keep"]  # a parameter, or what becomes of a buffer
-    sharded: DTensor | None = None
+    shards: Shards | None = None
 
     @property
-    def whole(self) -> Tensor:
-        """The tensor that lives here now, with its whole shape."""
-        tensor = self.table[self.key] if self.sharded is None else self.sharded
+    def holder(self) -> Tensor:
+        """The parameter or buffer itself, as the optimizer knows it."""
+        tensor = self.table[self.key] if self.shards is None else self.shards.parameter
         assert tensor is not None
         return tensor
 
     @property
     def tensor(self) -> Tensor:
         """The part of it that this rank owns, which may be all."""
-        return self.whole if self.sharded is None else self.sharded._local_tensor
+        return self.holder if self.shards is None else self.shards.own
+
+    @property
+    def version(self) -> int:
+        """A number that changes when somebody writes to it."""
+        return self.holder._version if self.shards is None else self.shards.version
 
     @property
     def table(self) -> Mapping[str, Tensor | None]:
@@ -94,7 +100,7 @@ class Track:
     averages: dict[str, Tensor] = field(default_factory=dict)
     _raw_of_rounded: dict[str, Tensor] = field(default_factory=dict)
     _buffers: list[str] = field(default_factory=list)
-    _moving: tuple[list[tuple[DTensor | None, Mapping[str, Tensor | None], str]], list[Tensor]] | None = None  # looked up once
+    _moving: tuple[list[tuple[Shards | None, Mapping[str, Tensor | None], str]], list[Tensor]] | None = None  # looked up once
 
     @property
     def age(self) -> int:
@@ -123,10 +129,10 @@ class Track:
         self._restart_resized()
         if self._moving is None:
             names = [name for name, place in self.places.items() if place.kind != "keep"]
-            places = [(self.places[name].sharded, self.places[name].table, self.places[name].key) for name in names]
+            places = [(self.places[name].shards, self.places[name].table, self.places[name].key) for name in names]
             self._moving = places, [self.averages[name] for name in names]
         places, averages = self._moving
-        live = [table[key] if sharded is None else sharded._local_tensor for sharded, table, key in places]
+        live = [table[key] if shards is None else shards.own for shards, table, key in places]
         lerp_(averages, live, weight)  # type: ignore[arg-type]
         self.latest = self.steps
         self.updates += 1
@@ -178,7 +184,7 @@ class Track:
 
         Buffers are left out: evaluation may write to them, and moving a model makes new ones.
         """
-        return [place.tensor._version for name, place in self.places.items() if name in self.averages and place.kind == "parameter"]
+        return [place.version for name, place in self.places.items() if name in self.averages and place.kind == "parameter"]
 
     def _live(self) -> dict[str, Tensor]:
         return {name: self.places[name].tensor for name in self.averages}

@@ -26,7 +26,7 @@ from lightning_tricks._core.checks import check_choice, check_patterns
 from lightning_tricks._core.lightning import STEP_OUTPUT, LightningModule, Trainer, defines, override
 from lightning_tricks._core.loaders import move_batch, training_pass, untouched
 from lightning_tricks._core.selection import matches
-from lightning_tricks._core.strategies import refuse_strategies
+from lightning_tricks._core.strategies import plain_name, through_wrapper
 from lightning_tricks._core.surgery import Patches
 from lightning_tricks._core.swapping import settle_weights
 from lightning_tricks._core.trick import Trick
@@ -37,12 +37,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 __all__ = ["BatchNormRefresh", "refresh_batch_norm"]
-
-_UNSUPPORTED = {
-    "FSDPStrategy": "FSDP1 gathers weights in its own wrapper, which the pass over the data does not go through; FSDP2 "
-    "(ModelParallelStrategy) works",
-    "DeepSpeedStrategy": "the engine gathers weights in forward passes of its own, which the pass over the data does not go through",
-}
 
 
 def refresh_batch_norm(
@@ -119,7 +113,7 @@ def _select(model: nn.Module, where: str | Sequence[str], exclude: str | Sequenc
     Raises:
         NothingMatchedError: If there are none.
     """
-    everything = {name: child for name, child in model.named_modules() if isinstance(child, _BatchNorm)}
+    everything = {plain_name(name): child for name, child in model.named_modules() if isinstance(child, _BatchNorm)}
     tracking = {name: norm for name, norm in everything.items() if norm.running_mean is not None}
     located = {name: norm for name, norm in tracking.items() if matches(name, where)}
     selected = {name: norm for name, norm in located.items() if not matches(name, exclude)}
@@ -177,7 +171,6 @@ class BatchNormRefresh(Trick):
         ArgumentError: If an argument lies outside its domain; in the pass, if there is no batch, or one with one value per channel.
         NothingMatchedError: At setup, if no BatchNorm with running statistics is selected; in the pass, if all are frozen.
         TrickConflictError: At setup, if another callback also replaces BatchNorm's statistics, or is one of Lightning's averages.
-        UnsupportedStrategyError: At setup, under FSDP1 and DeepSpeed.
         TrickError: In the pass, if it reaches none of the layers.
 
     Note:
@@ -188,8 +181,8 @@ class BatchNormRefresh(Trick):
         `num_batches_tracked` are as before. With an EMA in the list, the statistics are those of the average, in any order.
 
         After the fit the module holds the measured statistics, and so do checkpoints saved then, and those saved after a validation
-        that measured; beside them these keep the ones that training had, so that resuming is exact. Works under DDP and FSDP2, where all
-        ranks end with the same statistics, and with ``torch.compile``, whose code is not used in the pass.
+        that measured; beside them these keep the ones that training had, so that resuming is exact. Works under DDP, FSDP and
+        DeepSpeed, where all ranks end with the same statistics, and with ``torch.compile``, whose code is not used in the pass.
 
     References:
         - P. Izmailov, D. Podoprikhin, T. Garipov, D. Vetrov and A. G. Wilson, "Averaging Weights Leads to Wider Optima and Better
@@ -236,7 +229,6 @@ class BatchNormRefresh(Trick):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        refuse_strategies(trainer, repr(self), _UNSUPPORTED)
         if stage != "fit":
             return
         try:
@@ -318,9 +310,9 @@ class BatchNormRefresh(Trick):
         batch = move_batch(trainer, module, batch)
         with trainer.precision_plugin.forward_context():
             if defines(module, "predict_step"):
-                module.predict_step(batch, index)
+                through_wrapper(trainer, "predict_step")(batch, index)
             else:
-                module(batch[0] if isinstance(batch, tuple | list) else batch)
+                through_wrapper(trainer, "forward")(batch[0] if isinstance(batch, tuple | list) else batch)
 
     def _give_back(self) -> None:
         """Let the module hold the statistics of training again."""
@@ -330,7 +322,7 @@ class BatchNormRefresh(Trick):
 
     def _untouched(self) -> bool:
         """Tell whether the module still holds what was measured, and nobody has loaded other weights."""
-        buffers = dict(self._module.named_buffers()) if self._module is not None else {}
+        buffers = _buffers(self._module) if self._module is not None else {}
         return all(name in buffers and torch.equal(buffers[name].cpu(), value.cpu()) for name, value in self._measured.items())
 
     # Checkpoints
@@ -341,7 +333,7 @@ class BatchNormRefresh(Trick):
         if self._module is not pl_module:
             raw = {}
         elif not raw and trainer.state.fn == "fit" and self._step == trainer.global_step:  # the validation of these weights is over
-            raw = {name: value.detach().clone() for name, value in pl_module.named_buffers() if name in self._measured}
+            raw = {name: value.detach().clone() for name, value in _buffers(pl_module).items() if name in self._measured}
             checkpoint["state_dict"] = copy(state)  # which keeps `_metadata`
             checkpoint["state_dict"].update({name: value for name, value in self._measured.items() if name in state})
         write_entry(checkpoint, self.state_key, repr(self), {"raw": raw})
@@ -362,10 +354,16 @@ def _key(name: str, kind: str = "running_mean") -> str:
 def _statistics(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     """Copy the statistics of layers, by the names that a state dict has for them."""
     keys = [_key(name, kind) for name in names for kind in ("running_mean", "running_var")]
-    return {key: module.get_buffer(key).detach().clone() for key in keys}
+    buffers = _buffers(module)
+    return {key: buffers[key].detach().clone() for key in keys}
+
+
+def _buffers(module: nn.Module) -> dict[str, Tensor]:
+    return {plain_name(name): buffer for name, buffer in module.named_buffers()}
 
 
 def _copy_into(module: nn.Module, statistics: Mapping[str, Tensor]) -> None:
+    buffers = _buffers(module)
     with torch.no_grad():
         for name, value in statistics.items():
-            module.get_buffer(name).copy_(value)
+            buffers[name].copy_(value)

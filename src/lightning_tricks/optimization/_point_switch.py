@@ -9,15 +9,17 @@ from torch import Tensor, nn
 
 from lightning_tricks._core.lightning import LightningModule, Trainer, override
 from lightning_tricks._core.state_dicts import laid_out, put_beside, read_beside, replaced
-from lightning_tricks._core.strategies import is_sharded, own_part, return_to_shards
+from lightning_tricks._core.strategies import holder_of, is_sharded, named_tensors, own_part, return_to_shards
 from lightning_tricks._core.surgery import Patches
 from lightning_tricks._core.swapping import SwappingTrick
-from lightning_tricks._core.weights import copy_, named_tensors
+from lightning_tricks._core.weights import copy_
 from lightning_tricks.optimization._schedule_free_points import ScheduleFreeOptimizer
 from lightning_tricks.optimization._wrapping import layers_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from lightning_tricks._core.shards import Shards
 
 __all__ = ["PointSwitch"]
 
@@ -85,7 +87,7 @@ class PointSwitch(SwappingTrick):
             return_to_shards(module)
             trained = read_beside(entry, "trained", module, trainer.ckpt_path, self.state_key)
             own = named_tensors(module)
-            copy_([own_part(own[name].detach()) for name in trained], list(trained.values()))
+            copy_([own_part(own[name]) for name in trained], list(trained.values()))
 
     def _deploying(self, trainer: Trainer, state_dict: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
         def deployed() -> dict[str, Any]:
@@ -99,9 +101,10 @@ def _schedule_free(trainer: Trainer) -> list[ScheduleFreeOptimizer]:
     return [layer for optimizer in trainer.optimizers for layer in layers_of(optimizer) if isinstance(layer, ScheduleFreeOptimizer)]
 
 
-def _by_name(module: nn.Module, points: list[Mapping[nn.Parameter, Tensor]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the parts of points and the parameters that they are points of, by the parameters' names."""
+def _by_name(module: nn.Module, points: list[dict[nn.Parameter, Tensor]]) -> tuple[dict[str, Tensor], dict[str, Tensor | Shards]]:
+    """Return the parts of points, and what they are spread like, by the names of the parameters that they are points of."""
     return_to_shards(module)
     parts = {id(parameter): part for each in points for parameter, part in each.items()}
-    likes: dict[str, Tensor] = {name: parameter for name, parameter in module.named_parameters() if id(parameter) in parts}
-    return {name: parts[id(parameter)] for name, parameter in likes.items()}, likes
+    named = {id(holder_of(like)): (name, like) for name, like in reversed(named_tensors(module).items())}  # tied ones by the first name
+    likes = dict(named[identity] for identity in parts if identity in named)
+    return {name: parts[id(holder_of(like))] for name, like in likes.items()}, likes

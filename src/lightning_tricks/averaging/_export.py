@@ -1,0 +1,116 @@
+"""Averaged weights out of checkpoint files, for whoever deploys them without a Trainer."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from lightning_tricks._core.checkpoint import other_entries
+from lightning_tricks._core.state_dicts import sharded_name
+from lightning_tricks._core.weights import memory
+from lightning_tricks.errors import ArgumentError, CheckpointError
+
+__all__ = ["averaged_state_dict"]
+
+
+def averaged_state_dict(path: str | Path, *, trick: str | None = None) -> dict[str, Tensor]:
+    """Read the averaged weights out of a checkpoint, as a state dict that the plain model loads.
+
+    Where an average evaluates, ``checkpoint["state_dict"]`` holds it already. This reads averages also where that holds the raw weights:
+    with ``evaluate=False``, with several averages, and in DeepSpeed's folders, for which DeepSpeed itself is not needed.
+
+    Args:
+        path: A checkpoint: a file, or a folder that FSDP or DeepSpeed has written.
+        trick: Whose average, as the key in ``checkpoint["lightning_tricks"]``, such as ``"EMA"`` or ``"EMA(name='slow')"``; None = the
+            only one.
+
+    Returns:
+        The model's whole state on the CPU, in the dtypes of the model.
+
+    Raises:
+        ArgumentError: If `path` is neither, or `trick` does not name exactly one average.
+        CheckpointError: If the files lack some of the model's weights.
+
+    Example:
+        >>> import tempfile
+        >>> path = tempfile.mkdtemp() + "/last.ckpt"
+        >>> entry = {"tracks": [], "average": {"bias": torch.tensor([0.5])}, "sharded": {"average": {}}}
+        >>> torch.save({"state_dict": {"bias": torch.tensor([1.0])}, "lightning_tricks": {"version": 1, "EMA": entry}}, path)
+        >>> averaged_state_dict(path)
+        {'bias': tensor([0.5000])}
+    """
+    path = Path(path)
+    ranks = sorted((path / "checkpoint").glob("*_model_states.pt"))
+    if ranks:
+        checkpoints = [_read(file) for file in ranks]
+        return _from_ranks(checkpoints, _choose(checkpoints[0], trick))
+    if (path / "meta.pt").is_file():
+        checkpoint = {**_read(path / "meta.pt"), "state_dict": _read_shards(path)}
+    elif path.is_file():
+        checkpoint = _read(path)
+    else:
+        msg = f"`path` must be a checkpoint file, or a folder that FSDP or DeepSpeed has written, got '{path}'."
+        raise ArgumentError(msg)
+    return _from_whole(checkpoint, _choose(checkpoint, trick))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    return checkpoint
+
+
+def _read_shards(folder: Path) -> dict[str, Tensor]:
+    """Put the model's tensors in a sharded checkpoint together."""
+    stored = FileSystemReader(folder).read_metadata().state_dict_metadata
+    wanted = {key: each for key, each in stored.items() if isinstance(each, TensorStorageMetadata) and not key.startswith("optimizer_")}
+    tensors = {key: torch.empty(each.size, dtype=each.properties.dtype) for key, each in wanted.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it should be
+        load(tensors, checkpoint_id=folder)
+    return {key.partition(".")[2]: tensor for key, tensor in tensors.items()}  # without the name of the whole
+
+
+def _choose(checkpoint: dict[str, Any], trick: str | None) -> str:
+    found = [key for key, entry in other_entries(checkpoint, ()).items() if "tracks" in entry]
+    chosen = [key for key in found if trick in {None, key}]
+    if len(chosen) != 1:
+        there = ", ".join(map(repr, found)) or "none"
+        msg = f"`trick` must name one of the averages in the checkpoint, got {trick!r}; there are: {there}."
+        raise ArgumentError(msg)
+    return chosen[0]
+
+
+def _from_whole(checkpoint: dict[str, Any], key: str) -> dict[str, Tensor]:
+    entry, stored = checkpoint["lightning_tricks"][key], checkpoint["state_dict"]
+    state = {name: tensor for name, tensor in stored.items() if not name.startswith("lightning_tricks/")}
+    averages = {**entry["average"], **{name: stored[sharded_name(key, "average", name)] for name in entry["sharded"]["average"]}}
+    covered = {memory(state[name]): name for name in averages if name in state and state[name].numel()}
+    for name, tensor in list(state.items()):
+        source = name if name in averages else covered.get(memory(tensor)) if tensor.numel() else None  # tied ones have one average
+        if source is not None:
+            state[name] = averages[source].view(tensor.shape).to(tensor.dtype)
+    return state
+
+
+def _from_ranks(checkpoints: list[dict[str, Any]], key: str) -> dict[str, Tensor]:
+    first = checkpoints[0]
+    entry, state = first["lightning_tricks"][key], dict(first["module"])
+    shapes = {name: shape for group in first["param_shapes"] or () for name, shape in group.items()} | (first["frozen_param_shapes"] or {})
+    for name in {**shapes, **entry["aliases"]}:
+        source = entry["aliases"].get(name, name)
+        parts = [each["lightning_tricks"][key]["average"].get(source) for each in checkpoints]
+        if parts[0] is None:  # frozen, or left out
+            parts = [(each["frozen_param_fragments"] or {}).get(source, each["module"][source]) for each in checkpoints]
+        whole = torch.cat([part.reshape(-1) for part in parts])
+        if whole.numel() < shapes[source].numel():
+            msg = f"The folder must hold all weights to be read without DeepSpeed, and lacks {name!r}, which {key} does not average."
+            raise CheckpointError(msg)
+        state[name] = whole[: shapes[source].numel()].view(shapes[source]).to(first["module"][source].dtype)
+    return state
