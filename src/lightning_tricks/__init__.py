@@ -4,6 +4,7 @@ from importlib.metadata import version
 
 from lightning_tricks import errors, functional, optim, schedules
 from lightning_tricks.averaging._ema import EMA
+from lightning_tricks.averaging._latest_weight_averaging import LatestWeightAveraging
 from lightning_tricks.averaging._polyak_averaging import PolyakAveraging
 from lightning_tricks.normalization._batch_norm_refresh import BatchNormRefresh
 from lightning_tricks.optimization._optimizer_factory import OptimizerFactory
@@ -11,6 +12,7 @@ from lightning_tricks.optimization._optimizer_factory import OptimizerFactory
 __all__ = [
     "EMA",
     "BatchNormRefresh",
+    "LatestWeightAveraging",
     "OptimizerFactory",
     "PolyakAveraging",
     "errors",

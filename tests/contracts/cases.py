@@ -161,4 +161,21 @@ CASES = [
             "remove": "a callback that changes no module has nothing to remove",
         },
     ),
+    Case(
+        lt.LatestWeightAveraging,
+        acting={"window": 3, "every": 2},
+        neutral={"evaluate": False},
+        wrong=(
+            ({"window": 0}, "`window` must be a whole number of at least 1, got 0."),
+            ({"window": 2.0}, "got 2.0"),
+            ({"window": True}, "got True"),
+            ({"window": "5"}, "got '5'"),
+            *AVERAGING_WRONG,
+        ),
+        nothing_matched=AVERAGING_NOTHING_MATCHED,
+        skips={
+            "pooled": "an average follows the statistics of its rank, as training does",
+            "remove": "a callback that changes no module has nothing to remove",
+        },
+    ),
 ]

@@ -21,6 +21,7 @@ trainer = L.Trainer(
     ]
 )
 lt.PolyakAveraging(start="50%", stop=1000, every="1 epoch")
+lt.LatestWeightAveraging(6, every="500 steps", start="1 epoch", device="cpu", evaluate="both")
 ema = lt.EMA(decay=0.9)
 raw: dict[str, torch.Tensor] = ema.raw_state_dict()
 average: Mapping[str, torch.Tensor] = ema.averaged_state_dict()
@@ -76,6 +77,7 @@ lt.OptimizerFactory(optim.SGD(), schedules.Cosine())  # type: ignore[call-arg]
 schedules.Cosine(1.0, 0.0)  # type: ignore[call-arg, arg-type]
 schedules.ReduceOnPlateau("val_acc", mode="larger")  # type: ignore[arg-type]
 lt.BatchNormRefresh("some")  # type: ignore[arg-type]
+lt.LatestWeightAveraging(5, "1 epoch")  # type: ignore[call-arg]
 optim.SGD(implementation="loop")  # type: ignore[arg-type]
 optim.AdamW(0.1, (0.9, 0.99))  # type: ignore[call-arg, arg-type]
 optim.AdamW(decayed=["weights"])  # type: ignore[list-item]

@@ -563,7 +563,7 @@ def test_sam_refuses_steps_without_a_closure_unless_there_is_nothing_to_climb():
         (lambda: optim.SAM(optim.SGD(), adaptive=1), "`adaptive` must be one of True, False, got 1."),
         (lambda: optim.SAM(torch.optim.SGD), "`recipe` must be a recipe such as `optim.SGD(lr=0.1)`"),
         (lambda: optim.SAM(optim.ClipNorm(optim.SAM(optim.SGD()))), "SAM cannot wrap SAM: one of them"),
-        (lambda: optim.Lookahead(optim.SGD(), k=0), "`k` must be a number of steps, at least 1, got 0."),
+        (lambda: optim.Lookahead(optim.SGD(), k=0), "`k` must be a whole number of at least 1, got 0."),
         (lambda: optim.Lookahead(optim.SGD(), k=2.5), "got 2.5"),
         (lambda: optim.Lookahead(optim.SGD(), alpha=0.0), "`alpha` must lie in (0, 1], got 0.0."),
         (lambda: optim.Lookahead(optim.Lookahead(optim.SGD())), "Lookahead cannot wrap Lookahead"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import TypeVar
 
 import torch
@@ -14,6 +14,7 @@ from lightning_tricks.errors import ArgumentError
 __all__ = [
     "check_bool",
     "check_choice",
+    "check_count",
     "check_device",
     "check_in_interval",
     "check_in_unit_interval",
@@ -60,6 +61,14 @@ def check_pair(name: str, value: Sequence[float], intervals: tuple[str, str]) ->
 def check_bool(name: str, value: bool) -> bool:
     """Accept True or False, and no number in their place."""
     return check_choice(name, value, (True, False))
+
+
+def check_count(name: str, value: int) -> int:
+    """Accept a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        msg = f"`{name}` must be a whole number of at least 1, got {value!r}."
+        raise ArgumentError(msg)
+    return int(value)
 
 
 def check_choice(name: str, value: _T, choices: Sequence[_T]) -> _T:

@@ -80,8 +80,8 @@ class WeightAverage(SwappingTrick):
     # What a subclass says
 
     @abstractmethod
-    def _weight(self, track: Track) -> float:
-        """Return by how much an update now moves the average towards the weights."""
+    def _update(self, track: Track) -> None:
+        """Update a track that is due."""
 
     @abstractmethod
     def _quantities(self, track: Track) -> dict[str, float]:
@@ -227,7 +227,7 @@ class WeightAverage(SwappingTrick):
             if optimizer in track.optimizers and not track.inside:
                 track.steps += 1
                 if self._cadence.due_after_step(track, trainer.current_epoch):
-                    track.update(self._weight(track))
+                    self._update(track)
         self._begin_where_due(trainer)
 
     def _begin_where_due(self, trainer: Trainer) -> None:
@@ -250,7 +250,7 @@ class WeightAverage(SwappingTrick):
         if self._cadence.ends_epoch(trainer.current_epoch):
             for track in self._seen().tracks:
                 if self._cadence.due_after_epoch(track, trainer.current_epoch):
-                    track.update(self._weight(track))
+                    self._update(track)
 
     @override
     def _settle(self, trainer: Trainer, module: LightningModule) -> None:

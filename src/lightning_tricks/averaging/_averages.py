@@ -50,7 +50,7 @@ class Averages:
     @property
     def begun(self) -> bool:
         """Whether any average has begun."""
-        return any(track.begun is not None for track in self.tracks)
+        return any(track.started for track in self.tracks)
 
     @property
     def inside(self) -> bool:
@@ -122,6 +122,14 @@ class Averages:
             yield
         finally:
             self._put(average=inside)
+
+    def others(self) -> dict[str, dict[str, Tensor]]:
+        """Return this rank's parts of what tracks keep besides, by name in groups, without a copy."""
+        groups: dict[str, dict[str, Tensor]] = {}
+        for track in self.tracks:
+            for i, tensors in enumerate(track.others):
+                groups.setdefault(f"other_{i}", {}).update(tensors)
+        return groups
 
     def state_dict(self, *, averaged: bool) -> dict[str, Tensor]:
         """Return copies of the model's state, with averages or with training weights.

@@ -205,8 +205,8 @@ class EMA(WeightAverage):
         self._warmup_steps = self._warmup.steps("warmup", trainer)
 
     @override
-    def _weight(self, track: Track) -> float:
-        return 1 - ema_decay(track.age, self._beta, warmup=self._warmup_steps, steps=track.steps - track.latest)
+    def _update(self, track: Track) -> None:
+        track.update(1 - ema_decay(track.age, self._beta, warmup=self._warmup_steps, steps=track.steps - track.latest))
 
     @override
     def _quantities(self, track: Track) -> dict[str, float]:

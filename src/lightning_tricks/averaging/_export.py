@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,11 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from lightning_tricks._core.checkpoint import other_entries
 from lightning_tricks._core.state_dicts import sharded_name
 from lightning_tricks._core.weights import memory
+from lightning_tricks.averaging._window import mean_of
 from lightning_tricks.errors import ArgumentError, CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = ["averaged_state_dict"]
 
@@ -87,10 +91,22 @@ def _choose(checkpoint: dict[str, Any], trick: str | None) -> str:
     return chosen[0]
 
 
+def _averages(entry: Mapping[str, Any], stored: Mapping[str, Tensor], key: str) -> dict[str, Tensor]:
+    """Return the averages, or their parts, that an entry or the state dict beside it holds; those that follow from others are computed."""
+    groups = {
+        group: {**entry[group], **{name: stored[sharded_name(key, group, name)] for name in names}}
+        for group, names in entry["sharded"].items()
+    }
+    if not entry.get("derived", False):
+        return groups["average"]
+    checkpoints = [groups[group] for group in groups if group.startswith("other_")]  # oldest first
+    return mean_of(checkpoints, lambda name: (torch.promote_types(checkpoints[0][name].dtype, torch.float32), torch.device("cpu")))
+
+
 def _from_whole(checkpoint: dict[str, Any], key: str) -> dict[str, Tensor]:
     entry, stored = checkpoint["lightning_tricks"][key], checkpoint["state_dict"]
     state = {name: tensor for name, tensor in stored.items() if not name.startswith("lightning_tricks/")}
-    averages = {**entry["average"], **{name: stored[sharded_name(key, "average", name)] for name in entry["sharded"]["average"]}}
+    averages = _averages(entry, stored, key)
     covered = {memory(state[name]): name for name in averages if name in state and state[name].numel()}
     for name, tensor in list(state.items()):
         source = name if name in averages else covered.get(memory(tensor)) if tensor.numel() else None  # tied ones have one average
@@ -103,10 +119,12 @@ def _from_ranks(checkpoints: list[dict[str, Any]], key: str) -> dict[str, Tensor
     first = checkpoints[0]
     entry, state = first["lightning_tricks"][key], dict(first["module"])
     shapes = {name: shape for group in first["param_shapes"] or () for name, shape in group.items()} | (first["frozen_param_shapes"] or {})
+    averages = [_averages(each["lightning_tricks"][key], {}, key) for each in checkpoints]
     for name in {**shapes, **entry["aliases"]}:
         source = entry["aliases"].get(name, name)
-        parts = [each["lightning_tricks"][key]["average"].get(source) for each in checkpoints]
-        if parts[0] is None:  # frozen, or left out
+        if source in averages[0]:
+            parts = [each[source] for each in averages]
+        else:  # frozen, or left out
             parts = [(each["frozen_param_fragments"] or {}).get(source, each["module"][source]) for each in checkpoints]
         whole = torch.cat([part.reshape(-1) for part in parts])
         if whole.numel() < shapes[source].numel():

@@ -102,8 +102,8 @@ class PolyakAveraging(WeightAverage):
         self.stop = None if stop is None else plain_duration(stop)
 
     @override
-    def _weight(self, track: Track) -> float:
-        return 1 / (track.updates + 2)  # the weights at `start` are the first
+    def _update(self, track: Track) -> None:
+        track.update(1 / (track.updates + 2))  # the weights at `start` are the first
 
     @override
     def _quantities(self, track: Track) -> dict[str, float]:

@@ -10,7 +10,7 @@ from lightning_tricks._core.state_dicts import put_beside, read_beside
 from lightning_tricks._core.strategies import holder_of, is_sharded, named_tensors, return_to_shards
 from lightning_tricks.averaging._averages import Averages
 from lightning_tricks.averaging._roster import place_of
-from lightning_tricks.averaging._tracks import Storage, Track
+from lightning_tricks.averaging._tracks import Storage
 from lightning_tricks.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -35,24 +35,26 @@ def pack(averages: Averages, checkpoint: dict[str, Any], state_key: str, *, depl
         own_files: Whether each rank writes what it has, as DeepSpeed's do. Then this is its parts.
 
     Returns:
-        The counts of each track; the training weights if they are not in the state dict; and the averages that are not there, or
-        are there in lower precision only.
+        The counts of each track; the training weights if they are not in the state dict; the averages that are not there, or are
+        there in lower precision only, and do not follow from others; and those others.
     """
     state_dict = checkpoint["state_dict"]
     sharded = is_sharded(state_dict)
     lay_out = dict if own_files else partial(averages.laid_out, sharded=sharded)
-    averaged = averages.averaged()
+    averaged = {} if averages.storage.kind.derived else averages.averaged()
     places = {name: place for track in averages.tracks for name, place in track.places.items()}
     held = {
         name
         for name, average in averaged.items()
         if deployed and average.dtype == places[name].tensor.dtype and (places[name].shards is not None or name in state_dict)
     }
-    tensors = {
-        "raw": lay_out(averages.raw() if deployed else {}),
-        "average": lay_out({name: part for name, part in averaged.items() if name not in held}),
+    parts = {
+        "raw": averages.raw() if deployed else {},
+        "average": {name: part for name, part in averaged.items() if name not in held},
+        **averages.others(),
     }
-    dtypes: dict[str, dict[str, str]] = {"raw": {}, "average": {}}  # of the tensors in the state dict
+    tensors = {group: lay_out(members) for group, members in parts.items()}
+    dtypes: dict[str, dict[str, str]] = {group: {} for group in tensors}  # of the tensors in the state dict
     for group, members in tensors.items() if sharded else ():
         dtypes[group] = put_beside(state_dict, members, group, state_key)
     return {
@@ -61,12 +63,14 @@ def pack(averages: Averages, checkpoint: dict[str, Any], state_key: str, *, depl
                 "optimizers": list(track.optimizers),
                 **{count: getattr(track, count) for count in _COUNTS},
                 "names": list(track.places),
+                "others": len(track.others),
                 "buffers": next((place.kind for place in track.places.values() if place.kind != "parameter"), "keep"),
             }
             for track in averages.tracks
         ],
-        **({"raw": {}, "average": {}} if sharded else tensors),
+        **({group: {} for group in tensors} if sharded else tensors),
         "sharded": dtypes,
+        "derived": averages.storage.kind.derived,
         "deployed": deployed,
         "own_files": own_files,
         "aliases": _aliases(averages) if own_files else {},
@@ -102,17 +106,19 @@ def unpack(
     try:
         _check_counts(entry)
         own = named_tensors(averages.module)
-        raw, average = (read_beside(entry, group, averages.module, path, state_key) for group in ("raw", "average"))
+        groups = {group: read_beside(entry, group, averages.module, path, state_key) for group in entry["sharded"]}
+        raw, average, kind = groups["raw"], groups["average"], averages.storage.kind
         tracks = [
-            Track(tuple(record["optimizers"]), averages.storage, **{count: record[count] for count in _COUNTS})
-            for record in entry["tracks"]
+            kind(tuple(record["optimizers"]), averages.storage, **{count: record[count] for count in _COUNTS}) for record in entry["tracks"]
         ]
         for track, record in zip(tracks, entry["tracks"], strict=True):
             for name in record["names"] if track.begun is not None else ():
-                if name not in average:
+                if name not in average and not entry["derived"]:
                     # The model has it, unless it was not loaded there.
                     _ = raw[name], checkpoint.get("state_dict", raw)[name]
-                track.follow(name, place_of(averages.module, name, own[name], record["buffers"]), average.get(name))
+                first = () if entry["derived"] else (average.get(name),)
+                others = (groups[f"other_{i}"][name] for i in range(record["others"]))
+                track.follow(name, place_of(averages.module, name, own[name], record["buffers"]), [*first, *others])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         msg = (
             f"The checkpoint's entry for {state_key} is incomplete or damaged ({type(error).__name__}: {error}). Nothing of it was loaded. "
@@ -143,7 +149,7 @@ def unpack_absent(
 
 
 def _check_counts(entry: Mapping[str, Any]) -> None:
-    counts = [("ended_epoch", entry["ended_epoch"]), *((key, record[key]) for record in entry["tracks"] for key in _COUNTS)]
+    counts = [("ended_epoch", entry["ended_epoch"]), *((key, record[key]) for record in entry["tracks"] for key in (*_COUNTS, "others"))]
     for key, count in counts:
         if type(count) is not int and not (key == "begun" and count is None):
             msg = f"{key} is {count!r}"

@@ -56,15 +56,15 @@ class Roster:
         held = {name: track for track in earlier for name in track.places}
         for name, place in places.items():
             source = held.get(name)
-            average = source.averages.get(name) if source else None
-            if average is None and not _ready(place):
+            kept = source.kept(name) if source else []
+            if not kept and not _ready(place):
                 self.waiting[name] = place
                 continue
-            fits = average is not None and average.shape == place.tensor.shape
-            self._track_of(place, source).follow(name, place, average if fits else None)
+            fits = all(tensor.shape == place.tensor.shape for tensor in kept)
+            self._track_of(place, source).follow(name, place, kept if fits else ())
         self._sort_waiting()
-        lost = [name for track in earlier for name in track.averages if name not in places]
-        joined = [name for track in self.tracks for name in track.averages if earlier and name not in held]
+        lost = [name for track in earlier for name in track.names if name not in places]
+        joined = [name for track in self.tracks for name in track.names if earlier and name not in held]
         return lost, joined
 
     def admit(self) -> None:
@@ -93,10 +93,9 @@ class Roster:
         for track in self.tracks:
             if track.optimizers == key:
                 return track
-        track = Track(key, self._storage, steps=self._steps)
+        track = self._storage.kind(key, self._storage, steps=self._steps)
         if source is not None:
-            track.steps, track.begun, track.epoch = source.steps, source.begun, source.epoch
-            track.latest, track.updates = source.latest, source.updates
+            track.go_on_from(source)
         self.tracks.append(track)
         return track
 

@@ -7,7 +7,8 @@ that an average is updated when, and only when, the weights it follows have take
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from itertools import zip_longest
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from lightning_tricks._core.weights import copy_, lerp_, swap_
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import nn
 
@@ -59,19 +60,6 @@ class Place:
         return self.owner._parameters if self.kind == "parameter" else self.owner._buffers
 
 
-@dataclass(frozen=True)
-class Storage:
-    """How averages are kept.
-
-    Attributes:
-        device: The device; None for beside their tensor.
-        dtype: The dtype; None for the tensor's own, with at least float32.
-    """
-
-    device: torch.device | None
-    dtype: torch.dtype | None
-
-
 @dataclass
 class Track:
     """The averages of the tensors that one optimizer moves.
@@ -86,7 +74,11 @@ class Track:
         updates: Number of updates.
         inside: Whether the model holds the averages. Then `averages` holds the training weights where the dtypes agree, and the
             untouched averages, of which the model has a rounded copy, where they do not.
+        others: Further averages, which the model never holds.
     """
+
+    derived: ClassVar[bool] = False
+    """Whether `averages` follow from `others`, so that a checkpoint need not hold them."""
 
     optimizers: tuple[int, ...]
     storage: Storage
@@ -98,23 +90,46 @@ class Track:
     inside: bool = False
     places: dict[str, Place] = field(default_factory=dict)
     averages: dict[str, Tensor] = field(default_factory=dict)
+    others: list[dict[str, Tensor]] = field(default_factory=list)
     _raw_of_rounded: dict[str, Tensor] = field(default_factory=dict)
     _buffers: list[str] = field(default_factory=list)
-    _moving: tuple[list[tuple[Shards | None, Mapping[str, Tensor | None], str]], list[Tensor]] | None = None  # looked up once
+    _moving: tuple[list[tuple[Shards | None, Mapping[str, Tensor | None], str]], list[list[Tensor]]] | None = None  # looked up once
+
+    def __post_init__(self) -> None:
+        self.others = [{} for _ in range(self.storage.count - 1)]
 
     @property
     def age(self) -> int:
         """Steps from the average's beginning to its latest update."""
         return self.latest - (self.begun or 0)
 
-    def follow(self, name: str, place: Place, average: Tensor | None = None) -> None:
-        """Add a tensor. If the track has begun, its average is `average`, or else the tensor as it is now."""
+    @property
+    def started(self) -> bool:
+        """Whether there are averages."""
+        return self.begun is not None
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the tensors that have averages."""
+        return list(self.averages)
+
+    def kept(self, name: str) -> list[Tensor]:
+        """Return what is kept of a tensor, for another track to go on from."""
+        return [table[name] for table in (self.averages, *self.others) if name in table]
+
+    def go_on_from(self, source: Track) -> None:
+        """Take over the counts of another track."""
+        self.steps, self.begun, self.epoch = source.steps, source.begun, source.epoch
+        self.latest, self.updates = source.latest, source.updates
+
+    def follow(self, name: str, place: Place, kept: Sequence[Tensor | None] = ()) -> None:
+        """Add a tensor. If the track has begun, its averages are those kept before, or else the tensor as it is now."""
         assert not self.inside
         self.places[name] = place
         if place.kind != "parameter":
             self._buffers.append(name)
         if self.begun is not None:
-            self._store(name, average)
+            self._store(name, kept)
 
     def begin(self, epoch: int) -> None:
         """Start every average as its tensor is now."""
@@ -123,17 +138,18 @@ class Track:
         for name in self.places:
             self._store(name)
 
-    def update(self, weight: float) -> None:
-        """Move every average by `weight` towards its tensor."""
+    def update(self, *weights: float) -> None:
+        """Move every average towards its tensor, those of each kind by a weight of their own."""
         assert not self.inside
         self._restart_resized()
         if self._moving is None:
             names = [name for name, place in self.places.items() if place.kind != "keep"]
             places = [(self.places[name].shards, self.places[name].table, self.places[name].key) for name in names]
-            self._moving = places, [self.averages[name] for name in names]
-        places, averages = self._moving
+            self._moving = places, [[table[name] for name in names] for table in (self.averages, *self.others)]
+        places, tables = self._moving
         live = [table[key] if shards is None else shards.own for shards, table, key in places]
-        lerp_(averages, live, weight)  # type: ignore[arg-type]
+        for averages, weight in zip(tables, weights, strict=True):
+            lerp_(averages, live, weight)  # type: ignore[arg-type]
         self.latest = self.steps
         self.updates += 1
 
@@ -184,32 +200,58 @@ class Track:
 
         Buffers are left out: evaluation may write to them, and moving a model makes new ones.
         """
-        return [place.version for name, place in self.places.items() if name in self.averages and place.kind == "parameter"]
+        averaged = set(self.names)
+        return [place.version for name, place in self.places.items() if name in averaged and place.kind == "parameter"]
 
     def _live(self) -> dict[str, Tensor]:
-        return {name: self.places[name].tensor for name in self.averages}
+        return {name: self.places[name].tensor for name in self.names}
 
     def _exchange(self) -> None:
         names = [name for name in self.averages if name not in self._raw_of_rounded]
         swap_([self.places[name].tensor for name in names], [self.averages[name] for name in names])
 
-    def _store(self, name: str, value: Tensor | None = None) -> None:
+    def _store(self, name: str, kept: Sequence[Tensor | None] = ()) -> None:
         self._moving = None
+        for table, value in zip_longest((self.averages, *self.others), kept[: self.storage.count]):
+            table[name] = self._stored(name, value)
+
+    def _stored(self, name: str, value: Tensor | None = None) -> Tensor:
+        """Return a value, or else a copy of the tensor as it is now, in the form that is kept."""
+        dtype, device = self._form(name)
+        if value is not None and (value.dtype, value.device) == (dtype, device):
+            return value
+        like = self.places[name].tensor
+        with torch.inference_mode(mode=False), torch.no_grad():
+            average = torch.empty_like(like, dtype=dtype, device=device, requires_grad=False)
+            return average.copy_(like if value is None else value)
+
+    def _form(self, name: str) -> tuple[torch.dtype, torch.device]:
+        """Return the dtype and the device in which an average is kept."""
         like = self.places[name].tensor
         dtype = torch.promote_types(like.dtype, torch.float32)
         if self.storage.dtype is not None:
             dtype = self.storage.dtype.to_complex() if like.is_complex() else self.storage.dtype
-        device = self.storage.device or like.device
-        if value is not None and (value.dtype, value.device) == (dtype, device):
-            self.averages[name] = value
-            return
-        with torch.inference_mode(mode=False), torch.no_grad():
-            average = torch.empty_like(like, dtype=dtype, device=device, requires_grad=False)
-            self.averages[name] = average.copy_(like if value is None else value)
+        return dtype, self.storage.device or like.device
 
     def _restart_resized(self) -> None:
         """Begin anew where a buffer has been replaced by one of another shape."""
         for name in self._buffers:
-            place = self.places[name]
-            if place.tensor.shape != self.averages[name].shape:
+            if any(tensor.shape != self.places[name].tensor.shape for tensor in self.kept(name)):
                 self._store(name)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How averages are kept.
+
+    Attributes:
+        device: The device; None for beside their tensor.
+        dtype: The dtype; None for the tensor's own, with at least float32.
+        kind: What tracks are made of.
+        count: How many averages, or checkpoints at most, are kept of each tensor.
+    """
+
+    device: torch.device | None
+    dtype: torch.dtype | None
+    kind: type[Track] = Track
+    count: int = 1

@@ -17,11 +17,10 @@ from typing import Any, ClassVar, Final
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_tricks._core.checks import check_in_interval
+from lightning_tricks._core.checks import check_count, check_in_interval
 from lightning_tricks._core.lightning import override
 from lightning_tricks._core.strategies import own_part
 from lightning_tricks._core.weights import copy_, lerp_
-from lightning_tricks.errors import ArgumentError
 from lightning_tricks.optimization._wrapping import Closure, WrapperRecipe, WrappingOptimizer
 
 __all__ = ["Lookahead"]
@@ -130,9 +129,7 @@ class Lookahead(WrapperRecipe):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.k, int) or isinstance(self.k, bool) or self.k < 1:
-            msg = f"`k` must be a number of steps, at least 1, got {self.k!r}."
-            raise ArgumentError(msg)
+        check_count("k", self.k)
         check_in_interval("alpha", self.alpha, "(0, 1]")
 
     @override
