@@ -610,7 +610,7 @@ def test_a_missing_package_is_named(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "schedulefree", None)
-    with pytest.raises(ImportError, match=r"pip install lightning-tricks\[optimizers\]"):
+    with pytest.raises(errors.MissingPackageError, match=r"lightning-tricks\[optimizers\]"):
         optim.ScheduleFree(optim.SGD(lr=0.1)).build(make())
 
 

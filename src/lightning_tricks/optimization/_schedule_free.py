@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
-from importlib import import_module
 from typing import Any, Final
 
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RAdam
 
 from lightning_tricks._core.checks import check_in_interval
+from lightning_tricks._core.extras import require
 from lightning_tricks._core.lightning import callbacks_of, override, trainer_of
 from lightning_tricks.errors import ArgumentError, TrickError
 from lightning_tricks.optimization._point_switch import PointSwitch
@@ -50,7 +50,7 @@ class ScheduleFree(WrapperRecipe):
     Raises:
         ArgumentError: If an argument lies outside its domain, another wrapper is inside, or, from `build`, the recipe has an option that
             has no schedule-free counterpart.
-        ImportError: From `build`, if the schedulefree package is needed and not installed.
+        MissingPackageError: From `build`, if the schedulefree package is needed and not installed.
         TrickError: From `build`, in a LightningModule's own `configure_optimizers`, since nobody would switch between x and y there.
         UnsupportedOptimizerError: From `build`, if the recipe is LBFGS.
         UnsupportedStrategyError: From `build`, under FSDP1 and DeepSpeed.
@@ -107,11 +107,7 @@ class ScheduleFree(WrapperRecipe):
 
     def _packaged(self, inner: Optimizer) -> Any:
         """Build the package's optimizer with the groups of one of torch's."""
-        try:
-            schedulefree: Any = import_module("schedulefree")
-        except ImportError as error:
-            msg = f"{self!r} needs the schedulefree package: `pip install lightning-tricks[optimizers]`, or `pip install schedulefree`."
-            raise ImportError(msg) from error
+        schedulefree = require("schedulefree", package="schedulefree", extra="optimizers", who=repr(self))
         for group in inner.param_groups:
             self._check_options(group, decoupled=isinstance(inner, AdamW))
         groups = [self._options(group) for group in inner.param_groups]
