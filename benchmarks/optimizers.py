@@ -1,8 +1,9 @@
 """What a step of an optimizer costs when a recipe built it, beside the bare optimizer of torch built by hand.
 
-A family compares its methods with its first one, the base. All methods of a model step the same parameters with the same gradients,
-each with a state of its own. A round runs each method once, in an order shuffled with a fixed seed, and ratios are taken to the base of
-the same round, so that whatever else the machine does hits all alike; the base measured again shows how much noise remains.
+A family compares its methods with its first one, the base. All methods of a family step the same parameters with the same gradients and
+one state, so that none is luckier than another with its place in memory. A round runs each method once, in an order shuffled with a fixed
+seed, and ratios are taken to the base of the same round, so that whatever else the machine does hits all alike; the base measured again
+shows how much noise remains.
 
 Times are CPU time of the process with one thread, elapsed time with several, and on CUDA the time on the device between two events.
 By hand means what a careful user writes: two groups, those of the recipe, with fused kernels asked for.
@@ -118,6 +119,9 @@ def compare(name: str, family: str, model: nn.Module, args: argparse.Namespace) 
     """Measure the methods of one family on one model."""
     built = {method: build(model) for method, build in FAMILIES[family].items()}
     steps: dict[str, Step] = {method: optimizer.step for method, optimizer in built.items()}
+    next(iter(steps.values()))()
+    for optimizer in built.values():
+        optimizer.state = next(iter(built.values())).state
     for step in [*steps.values()] * args.warmup:
         step()
     times: dict[str, list[float]] = {method: [] for method in steps}

@@ -13,6 +13,7 @@ from typing import ClassVar, Final
 
 from typing_extensions import override
 
+from lightning_tricks._core.checks import check_count
 from lightning_tricks._core.clock import Duration, plain_duration
 from lightning_tricks._core.plateau import ReduceOnPlateau
 from lightning_tricks._core.schedule import Schedule
@@ -208,9 +209,7 @@ class CosineRestarts(Schedule):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.growth, bool) or not isinstance(self.growth, int) or self.growth < 1:
-            msg = f"`growth` must be a whole number of at least 1, got {self.growth!r}."
-            raise ArgumentError(msg)
+        self._set("growth", check_count("growth", self.growth))
 
     @override
     def after_warmup(self, step: int, spans: Mapping[str, float]) -> float:

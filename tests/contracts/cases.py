@@ -141,7 +141,6 @@ CASES = [
         skips={
             "lends": "an optimizer changes the weights themselves, and evaluations see what was trained",
             "pooled": "an optimizer leaves BatchNorm's statistics to each rank, as training does",
-            "refused": "the optimizer is built on whatever parameters a strategy makes, so it works under all of them",
             "remove": "a callback that changes no module has nothing to remove",
         },
     ),

@@ -14,14 +14,14 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from contracts.cases import CASES, Case
 from contracts.cpu_strategies import CPUFSDPStrategy
-from contracts.harness import Loader, assert_equal, make_trainer, weights
+from contracts.harness import Loader, StepCheckpoints, assert_equal, make_trainer, weights
 from lightning_tricks import errors
 from reference.batch_norm import population
 
@@ -75,7 +75,7 @@ def check_neutral_is_nothing(case: Case, folder: Path) -> None:
 
 def check_resume(case: Case, folder: Path) -> None:
     """A resumed run equals one that never stopped."""
-    keep = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}", enable_version_counter=False)
+    keep = StepCheckpoints(folder, 10)
     whole, trained = fit([case.make(), keep], case)
     again, retrained = fit([case.make()], case, ckpt_path=str(folder / "step=10.ckpt"))
     assert_equal(trained.weights, retrained.weights)

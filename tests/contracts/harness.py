@@ -119,6 +119,18 @@ class KeepRandomState(Callback):
             self.state = None
 
 
+class StepCheckpoints(ModelCheckpoint):
+    """Writes a checkpoint after each of these steps: ``FOLDER/step=7.ckpt``."""
+
+    def __init__(self, folder: Path, *steps: int) -> None:
+        super().__init__(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}", enable_version_counter=False)
+        self.steps = steps
+
+    def on_train_batch_end(self, trainer, *arguments):
+        if trainer.global_step in self.steps:
+            super().on_train_batch_end(trainer, *arguments)
+
+
 @dataclass
 class Run:
     """What is left of a fit."""

@@ -18,7 +18,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from contracts.cases import CASES, Case
 from contracts.cpu_strategies import CPUDeepSpeedStrategy, CPUFSDPStrategy
-from contracts.harness import Loader, assert_equal, make_trainer
+from contracts.harness import Loader, StepCheckpoints, assert_equal, make_trainer
 
 RANK = int(os.environ.get("RANK", "0"))
 KINDS = ("fsdp1", "fsdp2", "zero1", "zero2", "zero3")
@@ -135,16 +135,17 @@ class Trained(Callback):
 def check_equals_ddp(case: Case, kind: str, folder: Path) -> None:
     """Sharded and replicated runs train and act alike, and something acts."""
     module, trained = fit([case.make()], case, kind)
+    ended = whole(module)  # which returns to shards what the last validation has gathered
     if kind == "fsdp2":
         assert all(isinstance(parameter, DTensor) for parameter in module.parameters())
         assert module.scale.to_local().numel() == (1 if RANK == 0 else 0)
-    ended = whole(module)
     twin, twin_trained = fit([case.make()], case, "ddp")
     for one, other in ((trained.weights, twin_trained.weights), (ended, whole(twin))):
         for name, value in one.items():
             torch.testing.assert_close(value, other[name], msg=name)
     raw = {**trained.weights, **trained.statistics}
-    assert "lends" in case.skips or any(not torch.equal(value, raw[name]) for name, value in {**ended, **statistics(module)}.items())
+    if "lends" not in case.skips:
+        assert any(not torch.equal(value, raw[name]) for name, value in {**ended, **statistics(module)}.items())
     if "pooled" not in case.skips:
         assert_equal(*gathered(statistics(module)))
         for name, value in statistics(module).items():
@@ -162,7 +163,7 @@ def check_neutral_is_nothing(case: Case, kind: str, folder: Path) -> None:
 
 
 def _resume(case: Case, kind: str, folder: Path, *, sharded: bool) -> None:
-    keep = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}", enable_version_counter=False)
+    keep = StepCheckpoints(folder, 7, 10, 15)
     module, trained = fit([case.make(), keep], case, kind, sharded=sharded)
     ended = whole(module)
     for step in (7, 10):

@@ -17,6 +17,7 @@ from lightning_tricks._core.trick import Trick
 
 ROOT = Path(lt.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
+EXTRAS = {"torchvision", "timm", "wandb", "hydra", "jsonargparse", "matplotlib", "pytorch_optimizer", "schedulefree"}
 
 
 def imports(path: Path) -> set[str]:
@@ -51,7 +52,7 @@ def test_lightning_comes_through_one_door(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_file_imports_an_extra_at_import_time(path):
-    assert not {module.split(".")[0] for module in imports(path)} & {"torchvision", "timm", "wandb", "hydra", "jsonargparse", "matplotlib"}
+    assert not {module.split(".")[0] for module in imports(path)} & EXTRAS
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

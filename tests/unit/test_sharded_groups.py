@@ -12,6 +12,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 
 from lightning_tricks import optim
 
+pytestmark = pytest.mark.filterwarnings("ignore:DTensor random operators may not have complete support")  # of torch 2.6
+
 
 @pytest.fixture
 def mesh():

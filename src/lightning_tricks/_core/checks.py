@@ -36,6 +36,14 @@ def check_in_unit_interval(name: str, value: float) -> float:
     return float(value)
 
 
+def check_count(name: str, value: int) -> int:
+    """Accept a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        msg = f"`{name}` must be a whole number of at least 1, got {value!r}."
+        raise ArgumentError(msg)
+    return int(value)
+
+
 def check_in_interval(name: str, value: float, interval: str) -> float:
     """Accept a number in an interval written as in print: ``"[0, 1)"``, ``"(0, ∞)"``; infinity itself lies in none."""
     low, high = (float(bound.strip().replace("∞", "inf")) for bound in interval[1:-1].split(","))
@@ -61,14 +69,6 @@ def check_pair(name: str, value: Sequence[float], intervals: tuple[str, str]) ->
 def check_bool(name: str, value: bool) -> bool:
     """Accept True or False, and no number in their place."""
     return check_choice(name, value, (True, False))
-
-
-def check_count(name: str, value: int) -> int:
-    """Accept a whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        msg = f"`{name}` must be a whole number of at least 1, got {value!r}."
-        raise ArgumentError(msg)
-    return int(value)
 
 
 def check_choice(name: str, value: _T, choices: Sequence[_T]) -> _T:

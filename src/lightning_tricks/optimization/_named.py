@@ -69,7 +69,7 @@ def _installed_names() -> list[str]:
 @cache
 def _resolve(name: str) -> Callable[..., Any]:
     """Return the class of that name, with what the package presets for the name."""
-    source, colon, short = name.replace("-", "_").partition(":") if isinstance(name, str) else ("", "", "")
+    source, colon, short = name.replace("-", "_").partition(":")
     if not colon or source not in SOURCES:
         alike = [each for each in _installed_names() if each.partition(":")[2].lower() == (short or source).lower()]
         hint = f" Did you mean {' or '.join(map(repr, alike))}?" if alike else ""
@@ -105,7 +105,8 @@ class Named(GroupedRecipe):
         name: Source and name, such as ``"timm:lamb"``, ``"torch:Adamax"`` or ``"pytorch_optimizer:came"``, in any case of letters.
         lr: Learning rate, at least 0; None for the optimizer's own.
         weight_decay: Factor of decay, at least 0, under the meaning that the optimizer gives it; None for the optimizer's own.
-        options: Further arguments of the optimizer's constructor, by name.
+        options: Further arguments of the optimizer's constructor, by name. Names of timm come with what timm's own factory sets for
+            them, a momentum of 0.9 included.
 
     Every other argument is one of `GroupedRecipe`. In `overrides`, all arguments of the constructor may be set, and for the optimizers
     of pytorch-optimizer that ask for it in each group, ``use_muon``:
@@ -128,6 +129,9 @@ class Named(GroupedRecipe):
 
     @override
     def _check_options(self) -> None:
+        if not isinstance(self.name, str):
+            msg = f"`name` must be a text such as 'timm:lamb', got {self.name!r}."
+            raise ArgumentError(msg)
         if not isinstance(self.options, Mapping):
             msg = f"`options` must map the optimizer's arguments to values, got {self.options!r}."
             raise ArgumentError(msg)

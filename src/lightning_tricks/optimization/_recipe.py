@@ -25,6 +25,8 @@ from lightning_tricks.optimization._implementation import IMPLEMENTATIONS, imple
 
 __all__ = ["GroupedRecipe", "OptimizerRecipe"]
 
+_Module = TypeVar("_Module", bound=LightningModule)
+
 
 @dataclass(frozen=True, repr=False)
 class OptimizerRecipe(ABC):
@@ -90,9 +92,6 @@ class OptimizerRecipe(ABC):
 
 def _default(each: Field[Any]) -> Any:
     return each.default if each.default_factory is MISSING else each.default_factory()
-
-
-_Module = TypeVar("_Module", bound=LightningModule)
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
