@@ -189,6 +189,9 @@ def test_tied_parameters_appear_once_and_decay_only_where_all_owners_let_them():
     assert decays(model) == {"embed.weight": 0, "a.weight": 0.1, "a.bias": 0, "b.bias": 0}
     model["a"].weight = model["embed"].weight
     assert decays(model) == {"embed.weight": 0, "a.bias": 0, "b.weight": 0.1, "b.bias": 0}
+    late = nn.ModuleDict({"head": nn.Linear(2, 3), "embed": nn.Embedding(3, 2)})
+    late["embed"].weight = late["head"].weight
+    assert decays(late) == {"head.weight": 0, "head.bias": 0}
     recipe = optim.SGD(overrides={"a.weight": {"lr": 7.0}})  # also by a name that is not its first
     assert rates(model, recipe)["embed.weight"] == 7
     held = [p for group in recipe.build(model).param_groups for p in group["params"]]
