@@ -70,6 +70,11 @@ names: tuple[str, ...] = groups[0].names
 optim.Named("timm:lamb", lr=1e-3, options={"betas": (0.9, 0.99)}, implementation="foreach")
 optim.Muon(0.02, exclude="aux", adjust_lr_fn="match_rms_adamw")
 optim.LBFGS(max_iter=10, line_search_fn="strong_wolfe")
+wrapped: optim.OptimizerRecipe = optim.ClipNorm(optim.SAM(optim.Lookahead(recipe, k=6, alpha=0.8), rho=0.1, adaptive=True), max_norm=1.0)
+optim.ClipValue(recipe, max_value=0.5)
+optim.AdaptiveGradientClipping(recipe, max_ratio=0.02, eps=1e-3, exclude=["head"])
+optim.GradientCentralization(recipe, where="body.*")
+lt.OptimizerFactory(optim.ScheduleFree(optim.AdamW(3e-3), momentum=0.95, r=1.0, weight_lr_power=0.0))
 table: str = optim.describe_groups(model, recipe)
 sources: dict[str, str] = optim.list_recipes()
 
@@ -96,4 +101,6 @@ lt.WeightDecay(0.1, "l2")  # type: ignore[call-arg]
 optim.SGD(implementation="loop")  # type: ignore[arg-type]
 optim.AdamW(0.1, (0.9, 0.99))  # type: ignore[call-arg, arg-type]
 optim.AdamW(decayed=["weights"])  # type: ignore[list-item]
+optim.SAM("sgd")  # type: ignore[arg-type]
+optim.Lookahead(recipe, 5)  # type: ignore[call-arg]
 recipe.lr = 0.1  # type: ignore[attr-defined]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["validate_aside"]
+__all__ = ["untouched_metrics", "validate_aside"]
 
 _HOOKS = [f"on_validation_{when}" for when in ("start", "epoch_start", "batch_start", "batch_end", "epoch_end", "end")]
 
@@ -49,7 +49,7 @@ def validate_aside(trainer: Any, loop: Any, prefix: str) -> None:
         for hook in _HOOKS if not is_progress_bar(callback) else ():
             patches.wrap(callback, hook, lambda _: lambda *_: None)
     try:
-        with _active(trainer, loop, shadow), isolate_rng(), _untouched_metrics(trainer.lightning_module), untouched_generators(owners):
+        with _active(trainer, loop, shadow), isolate_rng(), untouched_metrics(trainer.lightning_module), untouched_generators(owners):
             shadow.run()
     finally:
         patches.undo()
@@ -86,7 +86,7 @@ def _active(trainer: Any, loop: Any, shadow: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _untouched_metrics(module: nn.Module) -> Iterator[None]:
+def untouched_metrics(module: nn.Module) -> Iterator[None]:
     """Lend copies of their states to the module's metrics, wrappers and collections, and give the originals back at the end."""
     parts = [part for part in module.modules() if type(part).__module__.startswith("torchmetrics") or isinstance(part, Metric)]
     kept = [{name: dict(value) if name == "_modules" else value for name, value in vars(part).items()} for part in parts]

@@ -41,8 +41,11 @@ __all__ = [
     "override",
     "rank_zero_info",
     "rank_zero_warn",
+    "rng_states",
     "scales_gradients",
     "scheduled_accumulation",
+    "set_rng_states",
+    "trainer_of",
     "wrapped",
 ]
 
@@ -73,6 +76,8 @@ def _load() -> list[ModuleType]:
 
 _LIGHTNINGS: Final = _load()
 _HOME: Final = _LIGHTNINGS[0]
+_MODULES: Final = tuple(lightning.LightningModule for lightning in _LIGHTNINGS)
+_SEEDS: Final = import_module(f"{_HOME.__name__}.utilities.seed")
 
 if not TYPE_CHECKING:
     Callback = (
@@ -138,6 +143,23 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
     """Return the Trainer's callbacks, those the module brings included."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return callbacks
+
+
+def trainer_of(model: object) -> Trainer | None:
+    """Return the Trainer that a LightningModule is attached to, or None if it is to none, or no LightningModule at all."""
+    trainer: Trainer | None = getattr(model, "_trainer", None) if isinstance(model, _MODULES) else None
+    return trainer
+
+
+def rng_states() -> dict[str, Any]:
+    """Return the states of the random numbers of torch, of its devices, of NumPy and of Python, to be set again."""
+    states: dict[str, Any] = _SEEDS._collect_rng_states()
+    return states
+
+
+def set_rng_states(states: dict[str, Any]) -> None:
+    """Let random numbers be drawn as from the moment at which these states were taken."""
+    _SEEDS._set_rng_states(states)
 
 
 def logs_now(trainer: Trainer) -> bool:

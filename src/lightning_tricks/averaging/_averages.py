@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from copy import copy
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
 
-from lightning_tricks._core.shards import Runs
+from lightning_tricks._core.shards import Runs, Shards
+from lightning_tricks._core.state_dicts import laid_out, replaced
 from lightning_tricks._core.strategies import (
-    as_sharded,
     holder_of,
-    is_sharded,
     named_tensors,
     own_part,
     return_to_shards,
     stored_tensors,
     whole,
 )
-from lightning_tricks._core.weights import copy_, memory
+from lightning_tricks._core.weights import copy_
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -150,35 +148,13 @@ class Averages:
         return {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
 
     def laid_out(self, parts: Mapping[str, Tensor], *, sharded: bool) -> dict[str, Tensor]:
-        """Return tensors for a checkpoint: sharded as the model's if asked, or else whole, on the rank that writes.
-
-        All ranks must call this together.
-        """
-        likes = {name: place.shards or place.tensor for track in self.tracks for name, place in track.places.items()}
-        if sharded:
-            return {name: as_sharded(part, likes[name]) for name, part in parts.items()}
-        wholes = {name: whole(part, likes[name]) for name, part in parts.items()}
-        return {name: tensor for name, tensor in wholes.items() if tensor is not None}
+        """Return tensors for a checkpoint; see `_core.state_dicts.laid_out`."""
+        return laid_out(parts, self._live(), sharded=sharded)
 
     def replaced(self, state_dict: dict[str, Any], parts: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Return the model's state dict with other tensors, in the dtype that it has.
+        """Return the model's state dict with other tensors; see `_core.state_dicts.replaced`."""
+        return replaced(state_dict, parts, self._live(), self.module)
 
-        Tensors are found by the memory that they share with the model's, whatever their names, or else, as copies, by name. All ranks
-        must call this together; a state dict that is gathered on one rank is empty on the others.
-        """
-        return_to_shards(self.module)
-        tensors = self.laid_out(parts, sharded=is_sharded(state_dict))
-        live = {name: place.holder for track in self.tracks for name, place in track.places.items() if name in tensors}
-        by_memory = {memory(tensor): name for name, tensor in live.items() if tensor.numel()}
-        same = {id(tensor): name for name, tensor in live.items()}
-        holders = {name: id(holder_of(tensor)) for name, tensor in named_tensors(self.module).items()}
-        by_name = {name: same[holder] for name, holder in holders.items() if holder in same}
-        state = copy(state_dict)  # which keeps `_metadata`
-        for key, value in state_dict.items():
-            name = by_memory.get(memory(value)) if isinstance(value, Tensor) and value.numel() else None
-            if name is not None and value.stride() != live[name].stride():  # another view of the same memory
-                offset = value.storage_offset() - live[name].storage_offset()
-                state[key] = tensors[name].as_strided(value.shape, value.stride(), tensors[name].storage_offset() + offset).to(value)
-            elif (name := name or by_name.get(key)) is not None:
-                state[key] = tensors[name].to(value)
-        return state
+    def _live(self) -> dict[str, Tensor | Shards]:
+        """Return the model's tensors by name, and shards for those that are spread over ranks."""
+        return {name: place.shards or place.holder for track in self.tracks for name, place in track.places.items()}

@@ -13,8 +13,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from lightning_tricks._core.checkpoint import other_entries
+from lightning_tricks._core.state_dicts import sharded_name
 from lightning_tricks._core.weights import memory
-from lightning_tricks.averaging._records import sharded_name
 from lightning_tricks.averaging._window import mean_of
 from lightning_tricks.errors import ArgumentError, CheckpointError
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from lightning_tricks._core.checkpoint import check_tensors, other_entries
-from lightning_tricks._core.strategies import cut, holder_of, is_sharded, load_parts, named_tensors, return_to_shards
+from lightning_tricks._core.checkpoint import other_entries
+from lightning_tricks._core.state_dicts import put_beside, read_beside
+from lightning_tricks._core.strategies import holder_of, is_sharded, named_tensors, return_to_shards
 from lightning_tricks.averaging._averages import Averages
 from lightning_tricks.averaging._roster import place_of
 from lightning_tricks.averaging._tracks import Storage
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-__all__ = ["pack", "sharded_name", "unpack", "unpack_absent"]
+__all__ = ["pack", "unpack", "unpack_absent"]
 
 _COUNTS = ("steps", "begun", "epoch", "latest", "updates")
 
@@ -57,8 +56,7 @@ def pack(averages: Averages, checkpoint: dict[str, Any], state_key: str, *, depl
     tensors = {group: lay_out(members) for group, members in parts.items()}
     dtypes: dict[str, dict[str, str]] = {group: {} for group in tensors}  # of the tensors in the state dict
     for group, members in tensors.items() if sharded else ():
-        state_dict.update({sharded_name(state_key, group, name): tensor for name, tensor in members.items()})
-        dtypes[group] = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in members.items()}
+        dtypes[group] = put_beside(state_dict, members, group, state_key)
     return {
         "tracks": [
             {
@@ -108,7 +106,7 @@ def unpack(
     try:
         _check_counts(entry)
         own = named_tensors(averages.module)
-        groups = {group: _read(entry, group, averages.module, path, state_key) for group in entry["sharded"]}
+        groups = {group: read_beside(entry, group, averages.module, path, state_key) for group in entry["sharded"]}
         raw, average, kind = groups["raw"], groups["average"], averages.storage.kind
         tracks = [
             kind(tuple(record["optimizers"]), averages.storage, **{count: record[count] for count in _COUNTS}) for record in entry["tracks"]
@@ -150,23 +148,6 @@ def unpack_absent(
     }
 
 
-def _read(entry: Mapping[str, Any], group: str, module: nn.Module, path: str | Path | None, state_key: str) -> dict[str, Tensor]:
-    """Return this rank's parts of the tensors of a group, from the entry or, if they are sharded, from the file."""
-    own = named_tensors(module)
-    stored, dtypes = dict(entry[group]), entry["sharded"][group]
-    own_files = entry.get("own_files", False)
-    check_tensors(module, stored, state_key, parts=own_files)
-    if own_files:
-        return stored
-    likes = {sharded_name(state_key, group, name): own[name] for name in dtypes}
-    wanted = {sharded_name(state_key, group, name): getattr(torch, dtype) for name, dtype in dtypes.items()}
-    parts = load_parts(str(path), likes, wanted) if likes else {}
-    return {
-        **{name: cut(tensor, own[name]) for name, tensor in stored.items()},
-        **{name: parts[sharded_name(state_key, group, name)] for name in dtypes},
-    }
-
-
 def _check_counts(entry: Mapping[str, Any]) -> None:
     counts = [("ended_epoch", entry["ended_epoch"]), *((key, record[key]) for record in entry["tracks"] for key in (*_COUNTS, "others"))]
     for key, count in counts:
@@ -176,8 +157,3 @@ def _check_counts(entry: Mapping[str, Any]) -> None:
     if any(record["buffers"] not in {"average", "keep"} for record in entry["tracks"]):
         msg = "an unknown treatment of buffers"
         raise ValueError(msg)
-
-
-def sharded_name(state_key: str, group: str, name: str) -> str:
-    """Return the name under which a tensor goes into a sharded state dict."""
-    return f"lightning_tricks/{state_key}/{group}/{name}"

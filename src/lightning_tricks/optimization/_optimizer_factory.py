@@ -26,9 +26,11 @@ from lightning_tricks._core.lightning import (
 )
 from lightning_tricks._core.schedule import Schedule, follow
 from lightning_tricks._core.surgery import Patches
-from lightning_tricks._core.trick import Trick
 from lightning_tricks.errors import ArgumentError, CheckpointError, TrickConflictError, TrickError, UnsupportedStrategyError
+from lightning_tricks.optimization._point_switch import PointSwitch
 from lightning_tricks.optimization._recipe import OptimizerRecipe
+from lightning_tricks.optimization._schedule_free import is_schedule_free
+from lightning_tricks.optimization._wrapping import layers_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,7 +44,7 @@ __all__ = ["OptimizerFactory", "attach"]
 _Module = TypeVar("_Module", bound=LightningModule)
 
 
-class OptimizerFactory(Trick):
+class OptimizerFactory(PointSwitch):
     """Build the optimizer from a recipe and schedule its learning rates, in place of the module's `configure_optimizers`.
 
     Step t is taken with ``η_t = v_t · η`` in each parameter group, where η is the group's base rate, ``v_t`` the schedule's value and t
@@ -59,7 +61,8 @@ class OptimizerFactory(Trick):
 
     Raises:
         ArgumentError: If `recipe` is no recipe, or `schedule` no schedule.
-        TrickConflictError: At setup, if another callback also takes over `configure_optimizers`.
+        TrickConflictError: At setup, if another callback also takes over `configure_optimizers`, or, with a schedule-free recipe, also
+            replaces the weights used for evaluation.
         UnsupportedStrategyError: At setup, under FSDP1 with ``use_orig_params=False``, which hides the parameters that groups are
             made of.
         NothingMatchedError: When the optimizer is built, if the module has no trainable parameter, or a glob of the recipe matches none.
@@ -68,6 +71,10 @@ class OptimizerFactory(Trick):
         CheckpointError: On resuming, if the checkpoint holds the state of another optimizer.
 
     Note:
+        With a recipe that is schedule-free, validation, test, predict and ``checkpoint["state_dict"]`` see the average of the weights, and
+        training goes on from where it was, to the bit; `ScheduleFree` says more. The callback then replaces the weights used for
+        evaluation, which only one can do.
+
         The optimizer is built after the strategy has wrapped the module, on the parameters that there are then. The schedule begins
         when training starts, at the Trainer's `global_step`, so a second fit and a resumed one go on where the last ended; its
         lengths are those of the present fit. On resuming, the optimizer's hyperparameters are those of the checkpoint, as everywhere
@@ -109,6 +116,11 @@ class OptimizerFactory(Trick):
     @override
     def configures_optimizers(self) -> bool:
         return True
+
+    @property
+    @override
+    def evaluation_owner(self) -> bool:
+        return is_schedule_free(self.recipe)
 
     # Before a fit
 
@@ -175,6 +187,7 @@ class OptimizerFactory(Trick):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
         if trainer.state.fn != "fit" or trainer.sanity_checking or not pl_module.automatic_optimization:
             return
         if self._scheduler is not None and self._metric is not None:
@@ -203,10 +216,12 @@ class OptimizerFactory(Trick):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
         self._patches.undo()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
         self._patches.undo()
 
     # Checkpoints
@@ -214,8 +229,8 @@ class OptimizerFactory(Trick):
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._module is pl_module and self._optimizer is not None:
-            kinds = {"optimizer": type(self._optimizer).__name__, "schedule": type(self.schedule).__name__}
-            write_entry(checkpoint, self.state_key, repr(self), kinds)
+            kinds = {"optimizer": _kind_of(self._optimizer), "schedule": type(self.schedule).__name__}
+            write_entry(checkpoint, self.state_key, repr(self), {**kinds, **self._pack_points(trainer, pl_module, checkpoint)})
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -223,6 +238,8 @@ class OptimizerFactory(Trick):
             return
         self._entry = read_entry(checkpoint, self.state_key)
         self._check_optimizer()
+        if self._entry is not None:
+            self._unpack_points(trainer, pl_module, self._entry)
         if self._entry is None and trainer.strategy.lightning_restore_optimizer:
             checkpoint["optimizer_states"] = []
             rank_zero_info(f"The checkpoint was made without {self!r}: weights and progress are taken over, the optimizer starts anew.")
@@ -233,13 +250,18 @@ class OptimizerFactory(Trick):
         """Refuse an optimizer's state for another kind of optimizer, once both are known."""
         if self._entry is None or self._optimizer is None:
             return
-        built, saved = type(self._optimizer).__name__, self._entry.get("optimizer")
+        built, saved = _kind_of(self._optimizer), self._entry.get("optimizer")
         if built != saved:
             msg = (
                 f"The checkpoint must hold the state of the optimizer that {self!r} builds, {built}, and holds that of {saved}. "
                 f"Resume with {self._entry.get('trick')}, or load the weights alone by `load_from_checkpoint`."
             )
             raise CheckpointError(msg)
+
+
+def _kind_of(optimizer: Optimizer) -> str:
+    """Name an optimizer's class, and those of the optimizers that it wraps."""
+    return " around ".join(type(layer).__name__ for layer in layers_of(optimizer))
 
 
 def _validates(trainer: Any) -> bool:

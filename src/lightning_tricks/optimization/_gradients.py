@@ -1,0 +1,74 @@
+"""Norms and parts of gradients, whether tensors are whole or sharded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ReduceOp, all_reduce
+from torch.distributed.tensor import DTensor, Replicate
+from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.utils import get_total_norm
+
+from lightning_tricks._core.strategies import own_part
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor.placement_types import Placement
+
+__all__ = ["dimensions_of_units", "total_norm"]
+
+
+def total_norm(tensors: Sequence[Tensor], order: float = 2.0) -> Tensor:
+    """Return the norm of all tensors as one vector; for sharded ones that of the whole tensors, on every rank.
+
+    Example:
+        >>> total_norm([torch.tensor([3.0]), torch.tensor([[0.0, 4.0]])])
+        tensor(5.)
+    """
+    by_layout: dict[tuple[DeviceMesh, tuple[Placement, ...]] | None, list[Tensor]] = {}
+    for tensor in tensors:
+        summed = _summed(tensor)
+        layout = (summed.device_mesh, summed.placements) if isinstance(summed, DTensor) else None
+        by_layout.setdefault(layout, []).append(own_part(summed))
+    norms = [_norm_of_parts(parts, layout, order) for layout, parts in by_layout.items()]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), order)
+
+
+def _summed(tensor: Tensor) -> Tensor:
+    """Add up what ranks hold as summands."""
+    if not isinstance(tensor, DTensor) or not any(placement.is_partial() for placement in tensor.placements):
+        return tensor
+    return tensor.redistribute(placements=[Replicate() if placement.is_partial() else placement for placement in tensor.placements])
+
+
+def _norm_of_parts(parts: list[Tensor], layout: tuple[DeviceMesh, tuple[Placement, ...]] | None, order: float) -> Tensor:
+    filled = [part for part in parts if part.numel()]
+    norm = get_total_norm(filled, order) if filled else parts[0].new_zeros(())
+    if layout is None:
+        return norm
+    mesh, placements = layout
+    largest = order == float("inf")
+    norm = norm.to(torch.promote_types(norm.dtype, torch.float32))
+    combined = norm if largest else norm**order
+    for dimension, placement in enumerate(placements):
+        if not placement.is_replicate():
+            all_reduce(combined, ReduceOp.MAX if largest else ReduceOp.SUM, mesh.get_group(dimension))
+    return combined if largest else combined ** (1 / order)
+
+
+def dimensions_of_units(model: nn.Module, parameters: Iterable[nn.Parameter]) -> list[tuple[nn.Parameter, tuple[int, ...]]]:
+    """Return for each parameter the dimensions of one unit, that is of all weights that lead to one output.
+
+    These are all dimensions but the first, and in transposed convolutions all but the second.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 5), nn.ConvTranspose2d(8, 3, 5))
+        >>> [dimensions for _, dimensions in dimensions_of_units(model, model.parameters())]
+        [(1, 2, 3), (), (0, 2, 3), ()]
+    """
+    transposed = {id(module.weight) for module in model.modules() if isinstance(module, _ConvTransposeNd)}
+    return [(p, tuple(d for d in range(p.ndim) if d != int(id(p) in transposed))) for p in parameters]
