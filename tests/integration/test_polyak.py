@@ -23,6 +23,8 @@ from reference.polyak import polyak
         ({"start": 0, "stop": "2 epochs"}, {"stop": 10}),
         ({"start": "20%", "stop": "60%", "every": 2}, {"start": 3, "stop": 9, "every": 2}),
         ({"start": 0, "stop": "1 epoch", "every": "1 epoch"}, {"every": 5, "stop": 5}),
+        ({"start": 5, "every": "2 epochs"}, {"start": 5, "every": 10}),  # which is the end of an epoch
+        ({"start": "2 epochs", "every": "1 epoch"}, {"start": 10, "every": 5}),
     ],
     ids=str,
 )

@@ -204,7 +204,7 @@ class WeightAverage(SwappingTrick):
             self._hooks += after_each_engine_step(engine, partial(self._stepped, trainer, 0), before=self._roster.admit)
         for i, optimizer in enumerate(self._hooked) if engine is None else ():
             self._hooks += after_each_step(optimizer, partial(self._stepped, trainer, i), before=self._roster.admit)
-        self._begin_where_due(trainer)
+        self._begin_where_due(trainer.current_epoch, trainer.current_epoch)
         return changes
 
     @override
@@ -228,12 +228,13 @@ class WeightAverage(SwappingTrick):
                 track.steps += 1
                 if self._cadence.due_after_step(track, trainer.current_epoch):
                     self._update(track)
-        self._begin_where_due(trainer)
+        self._begin_where_due(trainer.current_epoch, trainer.current_epoch + int(trainer.is_last_batch))
 
-    def _begin_where_due(self, trainer: Trainer) -> None:
+    def _begin_where_due(self, epoch: int, first: int) -> None:
+        """Begin tracks that are due, with the epoch whose steps are the first to be averaged."""
         for track in self._seen().tracks:
-            if self._cadence.begins(track, trainer.current_epoch):
-                track.begin(trainer.current_epoch)
+            if self._cadence.begins(track, epoch):
+                track.begin(first)
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int) -> None:

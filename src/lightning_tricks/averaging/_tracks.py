@@ -69,7 +69,7 @@ class Track:
         storage: How averages are kept.
         steps: Steps taken so far.
         begun: Number of steps at which the average began; None before.
-        epoch: Epoch in which it began.
+        epoch: Epoch of the first step after it began.
         latest: Number of steps at the latest update.
         updates: Number of updates.
         inside: Whether the model holds the averages. Then `averages` holds the training weights where the dtypes agree, and the
