@@ -6,6 +6,7 @@ from lightning_tricks import errors, functional, optim, schedules
 from lightning_tricks.averaging._ema import EMA
 from lightning_tricks.averaging._latest_weight_averaging import LatestWeightAveraging
 from lightning_tricks.averaging._polyak_averaging import PolyakAveraging
+from lightning_tricks.averaging._post_hoc_ema import PostHocEMA
 from lightning_tricks.normalization._batch_norm_refresh import BatchNormRefresh
 from lightning_tricks.optimization._optimizer_factory import OptimizerFactory
 
@@ -15,6 +16,7 @@ __all__ = [
     "LatestWeightAveraging",
     "OptimizerFactory",
     "PolyakAveraging",
+    "PostHocEMA",
     "errors",
     "functional",
     "optim",

@@ -3,6 +3,8 @@
 from lightning_tricks._core.weights import using_weights
 from lightning_tricks.averaging._ema import ema_decay, ema_update_
 from lightning_tricks.averaging._export import averaged_state_dict
+from lightning_tricks.averaging._power_ema import power_ema_decay, power_ema_gamma, power_ema_sigma_rel
+from lightning_tricks.averaging._snapshots import synthesize_ema
 from lightning_tricks.averaging._soup import Soup, greedy_soup, uniform_soup
 from lightning_tricks.normalization._batch_norm_refresh import refresh_batch_norm
 
@@ -12,7 +14,11 @@ __all__ = [
     "ema_decay",
     "ema_update_",
     "greedy_soup",
+    "power_ema_decay",
+    "power_ema_gamma",
+    "power_ema_sigma_rel",
     "refresh_batch_norm",
+    "synthesize_ema",
     "uniform_soup",
     "using_weights",
 ]

@@ -177,4 +177,30 @@ CASES = [
             "remove": "a callback that changes no module has nothing to remove",
         },
     ),
+    Case(
+        lt.PostHocEMA,
+        acting={"evaluate": True},
+        neutral={},
+        wrong=(
+            ({"sigma_rel": 0.1}, "`sigma_rel` must be a list of widths such as (0.05, 0.10), got 0.1."),
+            ({"sigma_rel": []}, "got []"),
+            ({"sigma_rel": [0.05, 0.05]}, "`sigma_rel` must be a list of different widths, got [0.05, 0.05]."),
+            (
+                {"sigma_rel": [0.05, 0.29]},
+                "`sigma_rel` must lie between 0 and 1/√12 = 0.2887, the width of the equal-weight mean, got 0.29.",
+            ),
+            ({"sigma_rel": [0]}, "got 0"),
+            ({"sigma_rel": ["0.1"]}, "got '0.1'"),
+            ({"snapshot_every": 0}, "`snapshot_every` must be an int of optimizer steps"),
+            ({"dirpath": ""}, "`dirpath` must be a path of the file system, or None"),
+            ({"dirpath": "s3://bucket/averages"}, "got 's3://bucket/averages'"),
+            ({"dirpath": 3}, "got 3"),
+            *(row for row in AVERAGING_WRONG if "start" not in row[0]),
+        ),
+        nothing_matched=AVERAGING_NOTHING_MATCHED,
+        skips={
+            "pooled": "an average follows the statistics of its rank, as training does",
+            "remove": "a callback that changes no module has nothing to remove",
+        },
+    ),
 ]

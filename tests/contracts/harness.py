@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +23,12 @@ if TYPE_CHECKING:
 
 BATCHES = 5
 """Batches in an epoch."""
+
+if "LIGHTNING_TRICKS_SCRATCH" not in os.environ:  # a process that was started by another uses that one's
+    os.environ["LIGHTNING_TRICKS_SCRATCH"] = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, os.environ["LIGHTNING_TRICKS_SCRATCH"], ignore_errors=True)
+SCRATCH = os.environ["LIGHTNING_TRICKS_SCRATCH"]
+"""Where runs put what they write without being told where."""
 
 
 class Net(pl.LightningModule):
@@ -176,6 +185,7 @@ def make_trainer(callbacks: Sequence[Callback] = (), **options: Any) -> pl.Train
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
         "max_epochs": 3,
+        "default_root_dir": SCRATCH,
         **options,
     }
     return pl.Trainer(callbacks=list(callbacks), **options)

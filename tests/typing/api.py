@@ -22,6 +22,12 @@ trainer = L.Trainer(
 )
 lt.PolyakAveraging(start="50%", stop=1000, every="1 epoch")
 lt.LatestWeightAveraging(6, every="500 steps", start="1 epoch", device="cpu", evaluate="both")
+posthoc = lt.PostHocEMA((0.05, 0.1), every=10, snapshot_every="5%", dirpath=Path("averages"), evaluate="both", name="late")
+synthesized: dict[str, torch.Tensor] = posthoc.synthesize(sigma_rel=0.08, step=1000)
+folders: dict[int, Path] = posthoc.snapshots
+synthesized = functional.synthesize_ema(folders[1000], sigma_rel=0.08)
+width: float = functional.power_ema_sigma_rel(functional.power_ema_gamma(0.1))
+kept: float = functional.power_ema_decay(10, 6.9, steps=2)
 ema = lt.EMA(decay=0.9)
 raw: dict[str, torch.Tensor] = ema.raw_state_dict()
 average: Mapping[str, torch.Tensor] = ema.averaged_state_dict()
@@ -83,6 +89,8 @@ schedules.Cosine(1.0, 0.0)  # type: ignore[call-arg, arg-type]
 schedules.ReduceOnPlateau("val_acc", mode="larger")  # type: ignore[arg-type]
 lt.BatchNormRefresh("some")  # type: ignore[arg-type]
 lt.LatestWeightAveraging(5, "1 epoch")  # type: ignore[call-arg]
+posthoc.synthesize(0.1, 1000)  # type: ignore[call-arg]
+lt.PostHocEMA(sigma_rel=0.1)  # type: ignore[arg-type]
 optim.SGD(implementation="loop")  # type: ignore[arg-type]
 optim.AdamW(0.1, (0.9, 0.99))  # type: ignore[call-arg, arg-type]
 optim.AdamW(decayed=["weights"])  # type: ignore[list-item]

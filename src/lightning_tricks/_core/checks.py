@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from typing import TypeVar
@@ -20,6 +21,7 @@ __all__ = [
     "check_in_unit_interval",
     "check_name",
     "check_pair",
+    "check_path",
     "check_patterns",
     "check_precise_dtype",
     "check_tensors",
@@ -105,6 +107,14 @@ def check_name(value: str | None) -> str | None:
         msg = f"`name` must be a word of letters, digits and underscores (it becomes part of the log keys), got {value!r}."
         raise ArgumentError(msg)
     return value
+
+
+def check_path(name: str, value: str | os.PathLike[str] | None) -> str | None:
+    """Accept a path of the file system, and None for one of our own."""
+    if value is not None and not (isinstance(value, str | os.PathLike) and str(value) and "://" not in str(value)):
+        msg = f"`{name}` must be a path of the file system, or None for one in the Trainer's `default_root_dir`, got {value!r}."
+        raise ArgumentError(msg)
+    return None if value is None else os.fspath(value)
 
 
 def check_device(value: str | torch.device | None) -> torch.device | None:

@@ -48,6 +48,11 @@ class Shards(ABC):
         """A number that changes when somebody writes to the parameter."""
         return self.own._version
 
+    @property
+    def replica(self) -> bool:
+        """Whether a rank before this one has the same part."""
+        return False
+
     @abstractmethod
     def whole(self, part: Tensor) -> Tensor:
         """Gather the whole from the parts of all ranks, which must all call this."""
@@ -71,6 +76,11 @@ class TensorShards(Shards):
     @property
     def own(self) -> Tensor:
         return self.parameter._local_tensor
+
+    @property
+    def replica(self) -> bool:
+        coordinate = self.parameter.device_mesh.get_coordinate() or ()
+        return any(place > 0 and placement.is_replicate() for place, placement in zip(coordinate, self.parameter.placements, strict=True))
 
     def whole(self, part: Tensor) -> Tensor:
         return self.as_sharded(part).full_tensor()

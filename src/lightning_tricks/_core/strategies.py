@@ -39,6 +39,7 @@ __all__ = [
     "plain_name",
     "refuse_strategies",
     "refuse_unreachable_parameters",
+    "region_of",
     "return_to_shards",
     "stored_tensors",
     "through_wrapper",
@@ -216,3 +217,14 @@ def load_parts(path: str, likes: Mapping[str, Tensor | Shards], dtypes: Mapping[
     root = "state_dict" if any(key.startswith("state_dict.") for key in stored) else "model"  # FSDP2 and FSDP1 call it by other names
     load({root: {name: as_sharded(part, likes[name]) for name, part in parts.items()}}, checkpoint_id=path)
     return parts
+
+
+def region_of(like: Tensor | Shards) -> tuple[tuple[int, ...], tuple[int, ...], int] | None:
+    """Return where in the contiguous whole this rank's part lies, as the arguments of `as_strided`.
+
+    None where the part is empty, or another rank has the same.
+    """
+    part = cut(torch.empty(like.shape, device="meta"), like)
+    copy = like.replica if isinstance(like, Shards) else distributed.is_initialized() and distributed.get_rank() > 0
+    empty = like.shape.numel() > 0 and part.numel() == 0
+    return None if copy or empty else (tuple(part.shape), part.stride(), int(part.storage_offset()))
