@@ -188,6 +188,24 @@ def check_resumes_from_a_sharded_checkpoint(case: Case, kind: str, folder: Path)
         _resume(case, kind, folder, sharded=True)
 
 
+class Started(Callback):
+    """Keeps the whole weights with which training starts."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.weights = whole(pl_module)
+
+
+def check_resumes_what_is_saved_after_the_fit(case: Case, kind: str, folder: Path) -> None:
+    """A checkpoint of the end, when the model may hold other weights than those that trained, has both."""
+    module, trained = fit([case.make()], case, kind)
+    ended, started = whole(module), Started()
+    module.trainer.save_checkpoint(folder / "end.ckpt")
+    again, _ = fit([case.make()], case, kind, ckpt_path=folder / "end.ckpt")
+    assert_equal(ended, whole(again))
+    fit([case.make(), started], case, kind, max_epochs=4, ckpt_path=folder / "end.ckpt")
+    assert_equal(trained.weights, started.weights)
+
+
 def check_exception_returns_training_weights(case: Case, kind: str, folder: Path) -> None:
     """An exception in validation leaves the training weights in the shards."""
 

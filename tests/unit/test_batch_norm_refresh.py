@@ -27,7 +27,13 @@ def state_of(model):
 
 @pytest.mark.parametrize(
     ("norm", "shape"),
-    [(nn.BatchNorm1d(3), ()), (nn.BatchNorm1d(3), (5,)), (nn.BatchNorm2d(3), (4, 2)), (nn.BatchNorm3d(3), (2, 3, 2))],
+    [
+        (nn.BatchNorm1d(3), ()),
+        (nn.BatchNorm1d(3), (5,)),
+        (nn.BatchNorm2d(3), (4, 2)),
+        (nn.BatchNorm3d(3), (2, 3, 2)),
+        (nn.SyncBatchNorm(3), (4, 2)),  # on one process; between processes it runs on accelerators only
+    ],
     ids=str,
 )
 def test_statistics_are_those_of_all_values_whatever_the_batch_sizes(norm, shape):

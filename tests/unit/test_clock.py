@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_tricks import errors
-from lightning_tricks._core.clock import Duration, after_each_step
+from lightning_tricks._core.clock import Duration, after_each_engine_step, after_each_step
 
 TRAINER = SimpleNamespace(
     num_training_batches=10, accumulate_grad_batches=3, estimated_stepping_batches=20, max_steps=-1, optimizers=[None], callbacks=[]
@@ -96,3 +96,30 @@ def test_steps_skipped_by_a_gradient_scaler_are_none(fused):
 def test_what_has_no_step_hook_is_refused():
     with pytest.raises(errors.UnsupportedOptimizerError, match="Steps are counted by a step hook, and SimpleNamespace has none"):
         after_each_step(SimpleNamespace(step=lambda: None), print)
+
+
+class Engine:
+    """Steps at every other call, as if it accumulated, and skips what overflows, as DeepSpeed's engine does."""
+
+    def __init__(self):
+        self.calls = self.global_steps = self.skipped_steps = 0
+
+    def step(self, overflows=False):
+        self.calls += 1
+        if self.calls % 2 == 0:
+            self.global_steps += 1
+            self.skipped_steps += overflows
+
+
+def test_an_engine_is_counted_by_the_steps_it_really_takes():
+    engine, asked, taken, others = Engine(), [], [], []
+    (handle,) = after_each_engine_step(engine, lambda: taken.append(engine.calls), before=lambda: asked.append(engine.calls))
+    (other,) = after_each_engine_step(engine, lambda: others.append(engine.calls), before=lambda: None)
+    for overflows in (False, False, False, True, False, False):
+        engine.step(overflows=overflows)
+    assert (asked, taken, others) == ([0, 1, 2, 3, 4, 5], [2, 6], [2, 6])
+    handle.remove()
+    engine.step()
+    engine.step()
+    assert (taken, others) == ([2, 6], [2, 6, 8])
+    other.remove()

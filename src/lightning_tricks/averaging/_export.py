@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from lightning_tricks._core.checkpoint import other_entries
+from lightning_tricks._core.checkpoint import other_entries, read_entry
 from lightning_tricks._core.state_dicts import sharded_name
 from lightning_tricks._core.weights import memory
 from lightning_tricks.averaging._window import mean_of
@@ -40,7 +42,7 @@ def averaged_state_dict(path: str | Path, *, trick: str | None = None) -> dict[s
 
     Raises:
         ArgumentError: If `path` is neither, or `trick` does not name exactly one average.
-        CheckpointError: If the files lack some of the model's weights.
+        CheckpointError: If the files are damaged, of a newer release, or lack some of the model's weights.
 
     Example:
         >>> import tempfile
@@ -51,9 +53,23 @@ def averaged_state_dict(path: str | Path, *, trick: str | None = None) -> dict[s
         {'bias': tensor([0.5000])}
     """
     path = Path(path)
-    ranks = sorted((path / "checkpoint").glob("*_model_states.pt"))
+    try:
+        return _averaged(path, trick)
+    except (ArgumentError, CheckpointError):
+        raise
+    except (Exception, CheckpointException) as error:  # the latter is no `Exception`
+        msg = (
+            f"'{path}' must be a whole checkpoint that `torch.load(…, weights_only=True)` can read, and that failed with "
+            f"{type(error).__name__}: {error}. Copy all of its files, or take another checkpoint."
+        )
+        raise CheckpointError(msg) from error
+
+
+def _averaged(path: Path, trick: str | None) -> dict[str, Tensor]:
+    ranks = sorted((path / "checkpoint").glob("*_model_states.pt"), key=_rank)
     if ranks:
         checkpoints = [_read(file) for file in ranks]
+        _check_complete(path, ranks, checkpoints[0]["dp_world_size"])
         return _from_ranks(checkpoints, _choose(checkpoints[0], trick))
     if (path / "meta.pt").is_file():
         checkpoint = {**_read(path / "meta.pt"), "state_dict": _read_shards(path)}
@@ -63,6 +79,18 @@ def averaged_state_dict(path: str | Path, *, trick: str | None = None) -> dict[s
         msg = f"`path` must be a checkpoint file, or a folder that FSDP or DeepSpeed has written, got '{path}'."
         raise ArgumentError(msg)
     return _from_whole(checkpoint, _choose(checkpoint, trick))
+
+
+def _rank(file: Path) -> int:
+    """Return the rank that wrote one of DeepSpeed's files; before ZeRO-3, rank zero writes for all."""
+    found = re.match(r"zero_pp_rank_(\d+)_", file.name)
+    return int(found[1]) if found else 0
+
+
+def _check_complete(folder: Path, files: list[Path], ranks: int) -> None:
+    if files[0].name.startswith("zero_pp_rank_") and [_rank(file) for file in files] != list(range(ranks)):
+        msg = f"'{folder}' must hold the model states of all {ranks} ranks, and has {len(files)} files of them. Copy all of its files."
+        raise CheckpointError(msg)
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -82,6 +110,7 @@ def _read_shards(folder: Path) -> dict[str, Tensor]:
 
 
 def _choose(checkpoint: dict[str, Any], trick: str | None) -> str:
+    read_entry(checkpoint, "")  # which refuses records that are not ours to read
     found = [key for key, entry in other_entries(checkpoint, ()).items() if "tracks" in entry]
     chosen = [key for key in found if trick in {None, key}]
     if len(chosen) != 1:
@@ -108,7 +137,15 @@ def _from_whole(checkpoint: dict[str, Any], key: str) -> dict[str, Tensor]:
     state = {name: tensor for name, tensor in stored.items() if not name.startswith("lightning_tricks/")}
     averages = _averages(entry, stored, key)
     covered = {memory(state[name]): name for name in averages if name in state and state[name].numel()}
-    for name, tensor in list(state.items()):
+    lost = [name for name in averages if name not in state and not entry["deployed"]]
+    if lost:
+        msg = (
+            f"The state dict must have the names of the averages to be replaced by them, and lacks {lost[0]!r}, which {key} averages. "
+            "Take the average from `checkpoint['lightning_tricks']`, and name it as the state dict does."
+        )
+        raise CheckpointError(msg)
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}  # a layer's extra state may be none
+    for name, tensor in tensors.items():
         source = name if name in averages else covered.get(memory(tensor)) if tensor.numel() else None  # tied ones have one average
         if source is not None:
             state[name] = averages[source].view(tensor.shape).to(tensor.dtype)
@@ -128,7 +165,10 @@ def _from_ranks(checkpoints: list[dict[str, Any]], key: str) -> dict[str, Tensor
             parts = [(each["frozen_param_fragments"] or {}).get(source, each["module"][source]) for each in checkpoints]
         whole = torch.cat([part.reshape(-1) for part in parts])
         if whole.numel() < shapes[source].numel():
-            msg = f"The folder must hold all weights to be read without DeepSpeed, and lacks {name!r}, which {key} does not average."
+            msg = (
+                f"The folder must hold all weights to be read without DeepSpeed, and lacks {name!r}, which {key} does not average, or not "
+                "yet. Consolidate the raw weights with DeepSpeed's `zero_to_fp32.py`."
+            )
             raise CheckpointError(msg)
         state[name] = whole[: shapes[source].numel()].view(shapes[source]).to(first["module"][source].dtype)
     return state

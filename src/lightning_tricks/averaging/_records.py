@@ -42,6 +42,8 @@ def pack(averages: Averages, checkpoint: dict[str, Any], state_key: str, *, depl
     sharded = is_sharded(state_dict)
     lay_out = dict if own_files else partial(averages.laid_out, sharded=sharded)
     averaged = {} if averages.storage.kind.derived else averages.averaged()
+    if own_files and averages.inside:  # the model is about to take the training weights back, and its tensors are theirs
+        averaged = {name: part.clone() for name, part in averaged.items()}
     places = {name: place for track in averages.tracks for name, place in track.places.items()}
     held = {
         name
