@@ -161,7 +161,7 @@ CASES = [
         nothing_matched=(
             (
                 {"recipe": optim.SGD(overrides={"hed.*": {"lr": 0.1}})},
-                "`overrides['hed.*']` matched none of the 11 parameters. Did you mean 'head'?",
+                "'hed.*' in `overrides` matched none of the 12 parameters. Did you mean 'head'?",
             ),
         ),
         skips={

@@ -208,7 +208,7 @@ def test_a_test_of_a_checkpoint_and_a_second_fit_go_on_from_the_window(tmp_path)
     whole = fit([lt.LatestWeightAveraging(2), recorder, saved])
     module, trick = Net(), lt.LatestWeightAveraging(2)
     trainer = make_trainer([trick])
-    trainer.test(module, Loader(2, seed=1), ckpt_path=tmp_path / "step=10.ckpt", verbose=False, weights_only=True)
+    trainer.test(module, Loader(2, seed=1), ckpt_path=tmp_path / "step=10.ckpt", verbose=False)
     history = [state["head.weight"] for state in recorder.history]
     torch.testing.assert_close(module.evaluated[0]["head.weight"], lawa(history[:11], window=2, every=5).float())
     assert_equal(trainable(trick.raw_state_dict()), trainable(recorder.history[10]))
