@@ -88,8 +88,8 @@ def floor(model: nn.Module) -> Update:
 def ours(model: nn.Module) -> Update:
     """What the EMA callback does after an optimizer's step."""
     track = Track((0,), Storage(device=None, dtype=None))
-    for name, _ in model.named_parameters():
-        track.follow(name, place_of(model, name, "keep"))
+    for name, parameter in model.named_parameters():
+        track.follow(name, place_of(model, name, parameter, "keep"))
     track.begin(epoch=0)
 
     def update() -> None:
