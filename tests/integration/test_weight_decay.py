@@ -622,9 +622,27 @@ def test_fsdp1_in_which_it_cannot_see_parameters_is_refused(options, arguments, 
         trick.setup(trainer, Net(), "fit")
 
 
-def test_a_schedule_below_zero_is_refused_where_it_gets_there():
+def test_a_schedule_of_ones_own_that_gets_below_zero_is_refused_there():
+    class Falling(schedules.Schedule):
+        def after_warmup(self, step, spans):
+            return 0.1 - 0.1 * step
+
     with pytest.raises(errors.ArgumentError, match=r"`weight_decay\['\*'\]` must lie in \[0, ∞\), got -0.1"):
-        fit([lt.WeightDecay(schedules.Linear(0.1, final=-0.1, stop=2))])
+        fit([lt.WeightDecay(Falling())])
+
+
+@pytest.mark.parametrize(
+    ("decay", "words"),
+    [
+        (schedules.Linear(0.1, final=-0.1, stop=2), r"`weight_decay` must lie in \[0, ∞\), and Linear\(.*\) reaches -0.1"),
+        ({"*": schedules.Cosine(-1.0)}, r"`weight_decay\['\*'\]` must lie in \[0, ∞\), and Cosine\(.*\) reaches -1"),
+        (schedules.ReduceOnPlateau("val_loss"), "which follows a metric. Use it for learning rates alone"),
+    ],
+    ids=str,
+)
+def test_schedules_that_cannot_be_a_decay_are_refused(decay, words):
+    with pytest.raises(errors.ArgumentError, match=words):
+        lt.WeightDecay(decay)
 
 
 # Progress and logs

@@ -20,10 +20,10 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-from lightning_tricks._core.checks import check_choice, check_in_interval, check_patterns
+from lightning_tricks._core.checks import check_choice, check_count, check_patterns
 from lightning_tricks._core.lightning import override
 from lightning_tricks._core.selection import matches
-from lightning_tricks.errors import ArgumentError, MissingPackageError, NothingMatchedError, UnsupportedOptimizerError
+from lightning_tricks.errors import MissingPackageError, NothingMatchedError, UnsupportedOptimizerError
 from lightning_tricks.optimization._groups import ParameterGroup, check_complete, check_globs, group_parameters
 from lightning_tricks.optimization._implementation import implementation_options
 from lightning_tricks.optimization._owners import Owned, owned_parameters, walk_parameters
@@ -211,13 +211,11 @@ class Muon(GroupedRecipe):
     @override
     def __post_init__(self) -> None:
         check_choice("adjust_lr_fn", self.adjust_lr_fn, ("original", "match_rms_adamw"))
-        if type(self.ns_steps) is not int:
-            msg = f"`ns_steps` must be an int from 1 to 99, got {self.ns_steps!r}."
-            raise ArgumentError(msg)
+        self._set("ns_steps", check_count("ns_steps", self.ns_steps))
         patterns = check_patterns("exclude", self.exclude, empty=True)
         self._set("exclude", (patterns,) if isinstance(patterns, str) else patterns)
-        check_in_interval("adamw_lr", self.adamw_lr, "[0, ∞)")
-        check_in_interval("adamw_weight_decay", self.adamw_weight_decay, "[0, ∞)")
+        self._check("adamw_lr", "[0, ∞)")
+        self._check("adamw_weight_decay", "[0, ∞)")
         super().__post_init__()
 
     @property
