@@ -73,7 +73,8 @@ class WeightDecay(Trick):
         TrickConflictError: When the fit starts, if two decays of one kind select the same parameter.
         UnsupportedStrategyError: At setup, under DeepSpeed, and under FSDP1 with `log_penalty` or ``use_orig_params=False``.
         UnsupportedOptimizerError: When the fit starts, if an optimizer decays the same parameters itself, is no
-            ``torch.optim.Optimizer``, or has no learning rate or is LBFGS while `mode` is ``"decoupled"``.
+            ``torch.optim.Optimizer``, or has no learning rate, is LBFGS or one of the schedulefree package's while `mode` is
+            ``"decoupled"``.
         TrickError: In training, if ``"l2"`` or ``"l1"`` meets a sparse gradient.
 
     Note:
