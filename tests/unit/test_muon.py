@@ -172,6 +172,10 @@ def test_what_cannot_work_is_refused(monkeypatch):
         errors.NothingMatchedError, match=r"Muon: 'hed' in `exclude` matched none of the 10 parameters. Did you mean 'head'?"
     ):
         optim.Muon(exclude="hed").build(Net())
+    odd = Net()
+    odd.fc.weight = nn.Parameter(odd.fc.weight.to(torch.complex64))
+    with pytest.raises(errors.UnsupportedOptimizerError, match=r"orthogonalizes real matrices, and 'fc.weight' is complex"):
+        optim.Muon().build(odd)
     flat = Net()
     flat.fc.weight.data = torch.empty(0)
     with pytest.raises(errors.UnsupportedOptimizerError, match=r"Muon needs whole matrices, and 'fc.weight' was flattened or emptied"):

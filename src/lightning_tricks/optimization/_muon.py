@@ -182,7 +182,8 @@ class Muon(GroupedRecipe):
         ArgumentError: If an argument lies outside its domain.
         MissingPackageError: When building, if torch is older than 2.9.
         NothingMatchedError: When building, if there is no hidden matrix.
-        UnsupportedOptimizerError: When building, if a matrix was flattened or emptied by FSDP1 or DeepSpeed's stage 3.
+        UnsupportedOptimizerError: When building, if a hidden matrix is complex, or was flattened or emptied by FSDP1 or DeepSpeed's
+            stage 3.
 
     References:
         - K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024.
@@ -242,6 +243,9 @@ class Muon(GroupedRecipe):
         for owned in everything:
             if id(owned.parameter) in hidden and not is_lazy(owned.parameter) and owned.parameter.ndim < 2:
                 msg = f"Muon needs whole matrices, and {owned.names[0]!r} was flattened or emptied. Use DDP, FSDP2 or one device."
+                raise UnsupportedOptimizerError(msg)
+            if id(owned.parameter) in hidden and owned.parameter.is_complex():
+                msg = f"Muon orthogonalizes real matrices, and {owned.names[0]!r} is complex. Name it in `exclude`."
                 raise UnsupportedOptimizerError(msg)
         return group_parameters(
             model,
