@@ -67,7 +67,7 @@ class AdaptiveGradientClipping(WrapperRecipe):
     Raises:
         ArgumentError: If an argument lies outside its domain.
         NothingMatchedError: From `build`, if `where` and `exclude` leave no trainable parameter.
-        UnsupportedOptimizerError: From `build`, if the recipe is LBFGS.
+        UnsupportedOptimizerError: From `build`, if the recipe is LBFGS, or a parameter is lazy and has no shape yet.
         UnsupportedStrategyError: From `build`, under FSDP1 and DeepSpeed.
 
     Note:

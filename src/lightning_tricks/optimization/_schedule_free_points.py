@@ -73,7 +73,9 @@ class ScheduleFreeOptimizer(WrappingOptimizer):
         """Return copies of this rank's parts of x, for the parameters that have moved."""
         if self.kept is not None:
             return {p: own_part(p.detach()).clone() for p in self._moved()}
-        return {p: own_part(p.detach()).lerp(own_part(self.state[p]["z"]), 1 - 1 / self._beta(group)) for p, group in self._moved().items()}
+        moved = self._moved().items()
+        # After a fit, Lightning moves the optimizer's state to the CPU.
+        return {p: own_part(p.detach()).lerp(own_part(self.state[p]["z"]).to(p.device), 1 - 1 / self._beta(group)) for p, group in moved}
 
     def trained(self) -> dict[nn.Parameter, Tensor]:
         """Return copies of this rank's parts of y, for the parameters that have moved."""
