@@ -73,6 +73,10 @@ class _Way(Schedule):
     stop: int | str = "100%"
 
     @override
+    def beginning(self, spans: Mapping[str, float]) -> float:
+        return self.initial
+
+    @override
     def after_warmup(self, step: int, spans: Mapping[str, float]) -> float:
         length = spans["stop"] - spans["warmup"]
         return self.final + (self.initial - self.final) * self._rest(step / length if step < length else 1.0)
@@ -356,6 +360,10 @@ class OneCycle(Schedule):
     final: float = 4e-6
     rise: int | str = "30%"
     stop: int | str = "100%"
+
+    @override
+    def beginning(self, spans: Mapping[str, float]) -> float:
+        return self.after_warmup(0, spans) if spans["warmup"] + 1 < spans["stop"] else self.peak
 
     @override
     def after_warmup(self, step: int, spans: Mapping[str, float]) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -371,6 +372,33 @@ def test_two_are_refused_whatever_their_names():
 def test_lightning_refuses_a_module_that_configures_nothing():
     with pytest.raises(pl.utilities.exceptions.MisconfigurationException, match="No `configure_optimizers"):
         fit(lt.OptimizerFactory(SGD), Small())
+
+
+@dataclass(frozen=True, repr=False)
+class Rateless(optim.OptimizerRecipe):
+    """An optimizer whose steps have no learning rate, as those of Polyak's rule have none."""
+
+    def build(self, model):
+        class Unit(torch.optim.Optimizer):
+            def step(self, closure):
+                loss = closure()
+                with torch.no_grad():
+                    for parameter in self.param_groups[0]["params"]:
+                        parameter.sub_(parameter.grad.sign(), alpha=0.01)
+                return loss
+
+        return Unit([parameter for parameter in model.parameters() if parameter.requires_grad], {})
+
+    def groups(self, model):
+        return []
+
+
+def test_an_optimizer_may_have_no_learning_rate_but_then_it_has_no_schedule(tmp_path):
+    run = fit_net([lt.OptimizerFactory(Rateless())], logger=CSVLogger(tmp_path), log_every_n_steps=1)
+    assert "optimizer_factory/lr" not in run.trainer.logged_metrics
+    assert run.trainer.global_step == STEPS
+    with pytest.raises(errors.UnsupportedOptimizerError, match=r"`schedule` must be None for Rateless\(\).*got Cosine\(\)"):
+        fit_net([lt.OptimizerFactory(Rateless(), schedule=schedules.Cosine())])
 
 
 def test_flat_parameters_are_refused():

@@ -453,6 +453,34 @@ def test_an_exception_in_validation_leaves_y_and_checkpoints_written_then_have_x
 
 
 @pytest.mark.full
+@SCHEDULE_FREE
+@pytest.mark.parametrize("load", ["by the Trainer", "by hand"])
+def test_weights_loaded_after_an_exception_are_evaluated_as_they_are(recipe, load, tmp_path):
+    class Fails(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step == 8:
+                raise RuntimeError
+
+    module, keep = Net(), ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
+    trainer = make_trainer([factory(recipe), keep, Fails()])
+    with pytest.raises(RuntimeError):
+        trainer.fit(module, Loader(), Loader(2))
+    trained = weights(module)
+    for _ in range(2):
+        trainer.test(module, Loader(2), verbose=False)
+        assert_differ(module.evaluated[-1], trained)  # but the average
+        assert_equal(weights(module), trained)
+    path = tmp_path / "epoch=0.ckpt"
+    stored = torch.load(path, weights_only=True)["state_dict"]
+    if load == "by hand":
+        module.load_state_dict(stored)
+    for _ in range(2):
+        trainer.test(module, Loader(2), ckpt_path=path if load == "by the Trainer" else None, verbose=False)
+        assert_equal(module.evaluated[-1], stored)
+        assert_equal(weights(module), stored)
+
+
+@pytest.mark.full
 def test_only_one_replaces_the_weights_used_for_evaluation():
     with pytest.raises(errors.TrickConflictError, match=r"OptimizerFactory\(recipe=ScheduleFree.*EMA.*both replace the weights"):
         fit([factory(RECIPES["ScheduleFree"]), lt.EMA()])

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_tricks as lt
 from contracts.harness import Loader, Net, Recorder, assert_equal, fit, launch, make_trainer
-from lightning_tricks import errors, schedules
+from lightning_tricks import errors, optim, schedules
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 DECAYED = {"body.0.weight", "neck.weight", "head.weight"}  # what the default selects of Net, without what is frozen
@@ -589,6 +589,26 @@ def test_decoupled_decay_needs_a_learning_rate(make, words):
         fit([lt.WeightDecay(0.1)], Model)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("recipe", [optim.SGD(0.1), optim.AdamW(0.1, weight_decay=0)], ids=repr)
+def test_optimizers_that_train_another_point_than_they_move_are_not_decayed_apart_from_gradients(recipe):
+    pytest.importorskip("schedulefree")
+    factory = lt.OptimizerFactory(optim.ScheduleFree(recipe))
+    with pytest.raises(errors.UnsupportedOptimizerError, match="moves another point than the one that parameters hold"):
+        fit([factory, lt.WeightDecay(0.1)])
+
+
+@pytest.mark.full
+def test_l2_before_a_schedule_free_optimizer_is_its_own_decay():
+    pytest.importorskip("schedulefree")
+    runs = []
+    for own, ours in ((0.1, 0.0), (0.0, 0.1)):
+        recipe = optim.ScheduleFree(optim.SGD(0.1, weight_decay=own))
+        runs.append(fit([lt.OptimizerFactory(recipe), lt.WeightDecay(ours, mode="l2")]).trained)
+    assert_equal(*runs)
+    assert not torch.equal(runs[0]["head.weight"], fit([lt.OptimizerFactory(optim.ScheduleFree(optim.SGD(0.1)))]).trained["head.weight"])
+
+
 def test_a_module_without_optimizers_is_refused():
     class Untrained(Net):
         def configure_optimizers(self):
@@ -622,9 +642,27 @@ def test_fsdp1_in_which_it_cannot_see_parameters_is_refused(options, arguments, 
         trick.setup(trainer, Net(), "fit")
 
 
-def test_a_schedule_below_zero_is_refused_where_it_gets_there():
+def test_a_schedule_of_ones_own_that_gets_below_zero_is_refused_there():
+    class Falling(schedules.Schedule):
+        def after_warmup(self, step, spans):
+            return 0.1 - 0.1 * step
+
     with pytest.raises(errors.ArgumentError, match=r"`weight_decay\['\*'\]` must lie in \[0, ∞\), got -0.1"):
-        fit([lt.WeightDecay(schedules.Linear(0.1, final=-0.1, stop=2))])
+        fit([lt.WeightDecay(Falling())])
+
+
+@pytest.mark.parametrize(
+    ("decay", "words"),
+    [
+        (schedules.Linear(0.1, final=-0.1, stop=2), r"`weight_decay` must lie in \[0, ∞\), and Linear\(.*\) reaches -0.1"),
+        ({"*": schedules.Cosine(-1.0)}, r"`weight_decay\['\*'\]` must lie in \[0, ∞\), and Cosine\(.*\) reaches -1"),
+        (schedules.ReduceOnPlateau("val_loss"), "which follows a metric. Use it for learning rates alone"),
+    ],
+    ids=str,
+)
+def test_schedules_that_cannot_be_a_decay_are_refused(decay, words):
+    with pytest.raises(errors.ArgumentError, match=words):
+        lt.WeightDecay(decay)
 
 
 # Progress and logs

@@ -157,7 +157,7 @@ def test_names_of_wrappers_are_removed_and_names_like_them_are_not():
     assert clean_name("my_orig_mod.weight") == "my_orig_mod.weight"
 
 
-@pytest.mark.parametrize("exempt", [{"fc"}, {"fc.weight"}, {"*.weight"}, ["fc.weight"]])
+@pytest.mark.parametrize("exempt", [{"fc"}, {"fc.weight"}, {"*.weight"}, ["fc.weight"], "fc.weight", True])
 def test_an_exemption_is_a_name_a_holder_or_a_glob_in_a_method_or_an_attribute(exempt):
     inner = nn.ModuleDict({"fc": nn.Linear(2, 2)})
     inner.no_weight_decay = lambda: exempt
@@ -165,6 +165,20 @@ def test_an_exemption_is_a_name_a_holder_or_a_glob_in_a_method_or_an_attribute(e
     inner.no_weight_decay = exempt
     assert not any(decays(nn.ModuleDict({"a": inner})).values())
     assert any(decays(nn.ModuleDict({"a": inner, "fc": nn.Linear(2, 2)})).values())
+
+
+@pytest.mark.parametrize("nothing", [None, (), False, ""])
+def test_an_exemption_of_nothing_exempts_nothing(nothing):
+    model = nn.ModuleDict({"fc": nn.Linear(2, 2)})
+    model.no_weight_decay = nothing
+    assert decays(model) == {"fc.weight": 0.1, "fc.bias": 0.0}
+
+
+def test_one_exempt_name_is_not_taken_for_its_letters():
+    model = nn.ModuleDict({"f": nn.Linear(2, 2), "fc": nn.Linear(2, 2)})
+    model.no_weight_decay = "fc.weight"
+    assert bool(decays(model)["f.weight"])
+    assert not decays(model)["fc.weight"]
 
 
 def test_other_kinds_decay_when_asked_for():

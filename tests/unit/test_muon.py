@@ -146,7 +146,7 @@ def test_kernels_of_adamw_can_be_forced():
     [
         (lambda: optim.Muon(momentum=1.0), "`momentum` must lie in [0, 1), got 1.0."),
         (lambda: optim.Muon(ns_steps=100), "`ns_steps` must lie in [1, 99], got 100."),
-        (lambda: optim.Muon(ns_steps=2.5), "`ns_steps` must be an int from 1 to 99, got 2.5."),
+        (lambda: optim.Muon(ns_steps=2.5), "`ns_steps` must be a whole number of at least 1, got 2.5."),
         (lambda: optim.Muon(adjust_lr_fn="none"), "`adjust_lr_fn` must be one of 'original', 'match_rms_adamw', got 'none'."),
         (lambda: optim.Muon(adamw_lr=-1), "`adamw_lr` must lie in [0, ∞), got -1."),
         (lambda: optim.Muon(exclude=3), "`exclude` must be a glob over qualified names"),
@@ -172,6 +172,10 @@ def test_what_cannot_work_is_refused(monkeypatch):
         errors.NothingMatchedError, match=r"Muon: 'hed' in `exclude` matched none of the 10 parameters. Did you mean 'head'?"
     ):
         optim.Muon(exclude="hed").build(Net())
+    odd = Net()
+    odd.fc.weight = nn.Parameter(odd.fc.weight.to(torch.complex64))
+    with pytest.raises(errors.UnsupportedOptimizerError, match=r"orthogonalizes real matrices, and 'fc.weight' is complex"):
+        optim.Muon().build(odd)
     flat = Net()
     flat.fc.weight.data = torch.empty(0)
     with pytest.raises(errors.UnsupportedOptimizerError, match=r"Muon needs whole matrices, and 'fc.weight' was flattened or emptied"):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 from dataclasses import FrozenInstanceError, dataclass, fields
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -57,6 +59,32 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 5) ->
 
 
 # As values
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        optim.SGD(np.float64(0.1)),
+        optim.AdamW(np.float32(0.5), betas=(np.float64(0.9), np.float64(0.99)), layer_decay=np.float64(0.5), layers=["0", "*"]),
+        optim.Adam(overrides={"2.*": {"lr": np.float64(0.5), "betas": [np.float64(0.9), 0.99]}}),
+        optim.Adafactor(eps=(None, np.float64(0.1))),
+        optim.LBFGS(np.float64(0.1), max_iter=np.int64(3)),
+        optim.Named("torch:adamax", lr=np.float64(0.1), options={"betas": (np.float64(0.9), 0.99)}, overrides={"2": {"lr": np.float64(1)}}),
+        optim.Lookahead(optim.SGD(), k=np.int64(3), alpha=np.float64(0.5)),
+        optim.ScheduleFree(optim.RMSprop(), momentum=np.float64(0.5), r=np.float64(1), weight_lr_power=np.int64(1)),
+        optim.SAM(optim.SGD(), rho=np.float64(0.5)),
+        optim.ClipNorm(optim.SGD(), max_norm=np.float64(0.5), order=np.int64(1)),
+    ],
+    ids=name_of,
+)
+def test_numbers_of_numpy_become_plain_ones(recipe):
+    assert "np." not in repr(recipe)
+    model = net()
+    optimizer = recipe.build(model)
+    train(model, optimizer, 2)
+    torch.save(optimizer.state_dict(), file := io.BytesIO())
+    file.seek(0)
+    assert torch.load(file, weights_only=True)["param_groups"] == optimizer.state_dict()["param_groups"]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=name_of)
@@ -137,8 +165,8 @@ def test_every_recipe_is_tested_and_listed():
         (lambda: optim.AdamW(implementation="loop"), "`implementation` must be one of 'fused', 'foreach', 'for-loop', None, got 'loop'."),
         (lambda: optim.RMSprop(implementation="fused"), "`implementation` must be one of 'foreach', 'for-loop', None for this optimizer"),
         (lambda: optim.LBFGS(overrides={"head": {"lr": 1.0}}), "`overrides` must be empty: LBFGS takes one group of parameters"),
-        (lambda: optim.LBFGS(max_iter=0), "`max_iter` must be an int of at least 1, got 0."),
-        (lambda: optim.LBFGS(history_size=2.5), "`history_size` must be an int of at least 1, got 2.5."),
+        (lambda: optim.LBFGS(max_iter=0), "`max_iter` must be a whole number of at least 1, got 0."),
+        (lambda: optim.LBFGS(history_size=2.5), "`history_size` must be a whole number of at least 1, got 2.5."),
         (lambda: optim.LBFGS(line_search_fn="wolfe"), "`line_search_fn` must be one of 'strong_wolfe', None, got 'wolfe'."),
     ],
 )

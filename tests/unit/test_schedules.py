@@ -293,6 +293,15 @@ def test_arguments_after_the_first_are_keyword_only():
             kind("a", 0.5)
 
 
+@pytest.mark.parametrize("kind", [schedules.Cosine, schedules.Linear, schedules.Polynomial, schedules.OneCycle])
+@pytest.mark.parametrize("warmup", [10, 40, "100%"])
+def test_a_warmup_that_lasts_to_the_end_or_longer_is_a_warmup_all_the_same(kind, warmup):
+    length = 40 if warmup == 40 else 10
+    values = [kind(warmup=warmup).value(step, steps=10) for step in range(10)]
+    assert values == pytest.approx([(step + 1) / (length + 1) for step in range(10)])
+    assert kind(warmup=warmup).value(length, steps=10) < 1e-5
+
+
 # Where a number may be a schedule
 
 

@@ -623,3 +623,13 @@ def test_nothing_matched_is_an_error(kind):
 def test_centralization_without_matrices_is_an_error():
     with pytest.raises(errors.NothingMatchedError, match="none of the 2 parameters of LayerNorm"):
         optim.GradientCentralization(optim.SGD(lr=0.1)).build(nn.LayerNorm(3))
+
+
+@pytest.mark.parametrize("wrapper", [optim.AdaptiveGradientClipping, optim.GradientCentralization])
+def test_lazy_parameters_whose_units_nobody_knows_yet_are_refused(wrapper):
+    model = nn.Sequential(nn.LazyLinear(3), nn.LazyLinear(2))
+    recipe = wrapper(optim.SGD(lr=0.1))
+    with pytest.raises(errors.UnsupportedOptimizerError, match=r"the shape of '0.weight' tells, and it is lazy"):
+        recipe.build(model)
+    model(torch.zeros(1, 4))
+    assert recipe.build(model).units

@@ -47,14 +47,18 @@ def check_count(name: str, value: int) -> int:
 
 
 def check_in_interval(name: str, value: float, interval: str) -> float:
-    """Accept a number in an interval written as in print: ``"[0, 1)"``, ``"(0, ∞)"``; infinity itself lies in none."""
+    """Accept a number in an interval written as in print: ``"[0, 1)"``, ``"(0, ∞)"``; infinity itself lies in none.
+
+    Returns:
+        The number as a plain one: a checkpoint with one of NumPy's does not load under ``weights_only=True``.
+    """
     low, high = (float(bound.strip().replace("∞", "inf")) for bound in interval[1:-1].split(","))
     real = isinstance(value, Real) and not isinstance(value, bool)
     above = real and (low <= value if interval[0] == "[" else low < value)
     if not above or not (value <= high if interval[-1] == "]" else value < high):
         msg = f"`{name}` must lie in {interval}, got {value!r}."
         raise ArgumentError(msg)
-    return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def check_pair(name: str, value: Sequence[float], intervals: tuple[str, str]) -> tuple[float, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Literal
 
 from torch.optim import Optimizer
@@ -68,9 +69,10 @@ class ReduceOnPlateau(Schedule):
         self._check("final", "[0, 1]")
         for name in ("patience", "cooldown"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
                 msg = f"`{name}` must be a number of validations, got {value!r}."
                 raise ArgumentError(msg)
+            self._set(name, int(value))
 
     @property
     @override

@@ -74,6 +74,14 @@ class Schedule(ABC):
             spans: The durations in steps, by the names of their fields; moments count from the beginning of the fit.
         """
 
+    def beginning(self, spans: Mapping[str, float]) -> float:
+        """Return the value to which the warm-up grows; not that at the schedule's end, should that come before the warm-up's.
+
+        Args:
+            spans: As for `after_warmup`.
+        """
+        return self.after_warmup(0, spans)
+
     @property
     def bounds(self) -> tuple[float, float]:
         """The least and the greatest value after the warm-up."""
@@ -110,8 +118,9 @@ class Schedule(ABC):
         warmup = spans["warmup"] = math.floor(spans["warmup"] + 1e-9)
 
         def value(step: int) -> float:
-            after = self.after_warmup(max(0, step - warmup), spans)
-            return after if step >= warmup else after * (step + 1) / (warmup + 1)
+            if step < warmup:
+                return self.beginning(spans) * (step + 1) / (warmup + 1)
+            return self.after_warmup(step - warmup, spans)
 
         return value
 

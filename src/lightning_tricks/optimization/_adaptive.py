@@ -194,8 +194,7 @@ class Adafactor(GroupedRecipe):
         if isinstance(self.eps, str) or not isinstance(self.eps, Sequence) or len(self.eps) != 2:
             msg = f"`eps` must be two numbers, of which the first may be None, got {self.eps!r}."
             raise ArgumentError(msg)
-        for i, each in enumerate(self.eps):
-            if each is not None or i == 1:
-                check_in_interval(f"eps[{i}]", each, "[0, ∞)")  # type: ignore[arg-type]
-        self._set("eps", tuple(self.eps))
+        first, second = self.eps
+        first = None if first is None else check_in_interval("eps[0]", first, "[0, ∞)")
+        self._set("eps", (first, check_in_interval("eps[1]", second, "[0, ∞)")))
         super().__post_init__()

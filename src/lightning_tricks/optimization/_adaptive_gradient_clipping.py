@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_tricks._core.checks import check_in_interval, check_patterns
+from lightning_tricks._core.checks import check_patterns
 from lightning_tricks._core.lightning import override
 from lightning_tricks._core.selection import select_parameters
 from lightning_tricks.optimization._gradients import dimensions_of_units
@@ -67,7 +67,7 @@ class AdaptiveGradientClipping(WrapperRecipe):
     Raises:
         ArgumentError: If an argument lies outside its domain.
         NothingMatchedError: From `build`, if `where` and `exclude` leave no trainable parameter.
-        UnsupportedOptimizerError: From `build`, if the recipe is LBFGS.
+        UnsupportedOptimizerError: From `build`, if the recipe is LBFGS, or a parameter is lazy and has no shape yet.
         UnsupportedStrategyError: From `build`, under FSDP1 and DeepSpeed.
 
     Note:
@@ -92,8 +92,8 @@ class AdaptiveGradientClipping(WrapperRecipe):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_in_interval("max_ratio", self.max_ratio, "(0, ∞)")
-        check_in_interval("eps", self.eps, "(0, ∞)")
+        self._check("max_ratio", "(0, ∞)")
+        self._check("eps", "(0, ∞)")
         object.__setattr__(self, "where", check_patterns("where", self.where, empty=False))
         object.__setattr__(self, "exclude", check_patterns("exclude", self.exclude, empty=True))
 

@@ -139,8 +139,14 @@ class Decays:
                 "Build it with `weight_decay=0`, or pass `existing='replace'`."
             )
             raise UnsupportedOptimizerError(msg)
-        if self.mode == "decoupled" and (isinstance(optimizer, LBFGS) or not isinstance(lr, float | int | Tensor)):
-            why = "evaluates the loss again from where its gradient was taken" if isinstance(optimizer, LBFGS) else f"has `lr={lr!r}`"
+        why = None
+        if isinstance(optimizer, LBFGS):
+            why = "evaluates the loss again from where its gradient was taken"
+        elif "train_mode" in group:  # of the schedulefree package: parameters hold y, and z is what decays
+            why = "moves another point than the one that parameters hold, and decays that by a `weight_decay` of its own"
+        elif not isinstance(lr, float | int | Tensor):
+            why = f"has `lr={lr!r}`"
+        if self.mode == "decoupled" and why is not None:
             msg = f"{self.rules.trick} shrinks weights by the learning rate before an update, and {kind} {why}. Use mode='l2'."
             raise UnsupportedOptimizerError(msg)
 

@@ -55,7 +55,7 @@ class GradientCentralization(WrapperRecipe):
     Raises:
         ArgumentError: If an argument lies outside its domain.
         NothingMatchedError: From `build`, if `where` and `exclude` leave no trainable weight matrix.
-        UnsupportedOptimizerError: From `build`, if the recipe is LBFGS.
+        UnsupportedOptimizerError: From `build`, if the recipe is LBFGS, or a parameter is lazy and has no shape yet.
         UnsupportedStrategyError: From `build`, under FSDP1 and DeepSpeed.
 
     Note:

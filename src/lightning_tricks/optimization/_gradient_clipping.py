@@ -15,7 +15,6 @@ from torch import nn
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_
 from torch.optim import Optimizer
 
-from lightning_tricks._core.checks import check_in_interval
 from lightning_tricks._core.lightning import override
 from lightning_tricks.optimization._gradients import total_norm
 from lightning_tricks.optimization._wrapping import TransformingOptimizer, WrapperRecipe
@@ -91,9 +90,9 @@ class ClipNorm(WrapperRecipe):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_in_interval("max_norm", self.max_norm, "(0, ∞)")
+        self._check("max_norm", "(0, ∞)")
         if self.order != float("inf"):
-            check_in_interval("order", self.order, "(0, ∞)")
+            self._check("order", "(0, ∞)")
 
     @override
     def _wrap(self, inner: Optimizer, model: nn.Module) -> Optimizer:
@@ -133,7 +132,7 @@ class ClipValue(WrapperRecipe):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_in_interval("max_value", self.max_value, "(0, ∞)")
+        self._check("max_value", "(0, ∞)")
 
     @override
     def _wrap(self, inner: Optimizer, model: nn.Module) -> Optimizer:

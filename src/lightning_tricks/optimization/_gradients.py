@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from torch.distributed import ReduceOp, all_reduce
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import get_total_norm
 
 from lightning_tricks._core.strategies import own_part
+from lightning_tricks.errors import UnsupportedOptimizerError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -65,10 +67,22 @@ def dimensions_of_units(model: nn.Module, parameters: Iterable[nn.Parameter]) ->
 
     These are all dimensions but the first, and in transposed convolutions all but the second.
 
+    Raises:
+        UnsupportedOptimizerError: If a parameter is lazy and has no shape yet.
+
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 5), nn.ConvTranspose2d(8, 3, 5))
         >>> [dimensions for _, dimensions in dimensions_of_units(model, model.parameters())]
         [(1, 2, 3), (), (0, 2, 3), ()]
     """
+    parameters = list(parameters)
+    named = {id(parameter): name for name, parameter in model.named_parameters()}
+    lazy = next((named[id(parameter)] for parameter in parameters if is_lazy(parameter)), None)
+    if lazy is not None:
+        msg = (
+            f"Gradients are changed by units, which the shape of {lazy!r} tells, and it is lazy and has none yet. Run a batch through the "
+            "model before, for instance in `configure_model`."
+        )
+        raise UnsupportedOptimizerError(msg)
     transposed = {id(module.weight) for module in model.modules() if isinstance(module, _ConvTransposeNd)}
     return [(p, tuple(d for d in range(p.ndim) if d != int(id(p) in transposed))) for p in parameters]

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_tricks._core.checks import check_choice, check_in_interval
+from lightning_tricks._core.checks import check_choice, check_count
 from lightning_tricks._core.lightning import override
 from lightning_tricks.errors import ArgumentError
 from lightning_tricks.optimization._groups import ParameterGroup, check_complete, group_parameters
@@ -65,12 +65,10 @@ class LBFGS(OptimizerRecipe):
 
     def __post_init__(self) -> None:
         for name in ("lr", "tolerance_grad", "tolerance_change"):
-            check_in_interval(name, getattr(self, name), "[0, ∞)")
+            self._check(name, "[0, ∞)")
         for name in ("max_iter", "max_eval", "history_size"):
-            value = getattr(self, name)
-            if not (name == "max_eval" and value is None) and (type(value) is not int or value < 1):
-                msg = f"`{name}` must be an int of at least 1, got {value!r}."
-                raise ArgumentError(msg)
+            if name != "max_eval" or self.max_eval is not None:
+                self._set(name, check_count(name, getattr(self, name)))
         check_choice("line_search_fn", self.line_search_fn, ("strong_wolfe", None))
         if self.overrides:
             msg = f"`overrides` must be empty: LBFGS takes one group of parameters, got {self.overrides!r}. Use another optimizer."

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Final
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_tricks._core.checks import check_count, check_in_interval
+from lightning_tricks._core.checks import check_count
 from lightning_tricks._core.lightning import override
 from lightning_tricks._core.strategies import own_part
 from lightning_tricks._core.weights import copy_, lerp_
@@ -129,8 +129,8 @@ class Lookahead(WrapperRecipe):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("k", self.k)
-        check_in_interval("alpha", self.alpha, "(0, 1]")
+        self._set("k", check_count("k", self.k))
+        self._check("alpha", "(0, 1]")
 
     @override
     def _wrap(self, inner: Optimizer, model: nn.Module) -> Optimizer:

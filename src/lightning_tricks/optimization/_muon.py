@@ -20,10 +20,10 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-from lightning_tricks._core.checks import check_choice, check_in_interval, check_patterns
+from lightning_tricks._core.checks import check_choice, check_count, check_patterns
 from lightning_tricks._core.lightning import override
 from lightning_tricks._core.selection import matches
-from lightning_tricks.errors import ArgumentError, MissingPackageError, NothingMatchedError, UnsupportedOptimizerError
+from lightning_tricks.errors import MissingPackageError, NothingMatchedError, UnsupportedOptimizerError
 from lightning_tricks.optimization._groups import ParameterGroup, check_complete, check_globs, group_parameters
 from lightning_tricks.optimization._implementation import implementation_options
 from lightning_tricks.optimization._owners import Owned, owned_parameters, walk_parameters
@@ -182,7 +182,8 @@ class Muon(GroupedRecipe):
         ArgumentError: If an argument lies outside its domain.
         MissingPackageError: When building, if torch is older than 2.9.
         NothingMatchedError: When building, if there is no hidden matrix.
-        UnsupportedOptimizerError: When building, if a matrix was flattened or emptied by FSDP1 or DeepSpeed's stage 3.
+        UnsupportedOptimizerError: When building, if a hidden matrix is complex, or was flattened or emptied by FSDP1 or DeepSpeed's
+            stage 3.
 
     References:
         - K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024.
@@ -211,13 +212,11 @@ class Muon(GroupedRecipe):
     @override
     def __post_init__(self) -> None:
         check_choice("adjust_lr_fn", self.adjust_lr_fn, ("original", "match_rms_adamw"))
-        if type(self.ns_steps) is not int:
-            msg = f"`ns_steps` must be an int from 1 to 99, got {self.ns_steps!r}."
-            raise ArgumentError(msg)
+        self._set("ns_steps", check_count("ns_steps", self.ns_steps))
         patterns = check_patterns("exclude", self.exclude, empty=True)
         self._set("exclude", (patterns,) if isinstance(patterns, str) else patterns)
-        check_in_interval("adamw_lr", self.adamw_lr, "[0, ∞)")
-        check_in_interval("adamw_weight_decay", self.adamw_weight_decay, "[0, ∞)")
+        self._check("adamw_lr", "[0, ∞)")
+        self._check("adamw_weight_decay", "[0, ∞)")
         super().__post_init__()
 
     @property
@@ -244,6 +243,9 @@ class Muon(GroupedRecipe):
         for owned in everything:
             if id(owned.parameter) in hidden and not is_lazy(owned.parameter) and owned.parameter.ndim < 2:
                 msg = f"Muon needs whole matrices, and {owned.names[0]!r} was flattened or emptied. Use DDP, FSDP2 or one device."
+                raise UnsupportedOptimizerError(msg)
+            if id(owned.parameter) in hidden and owned.parameter.is_complex():
+                msg = f"Muon orthogonalizes real matrices, and {owned.names[0]!r} is complex. Name it in `exclude`."
                 raise UnsupportedOptimizerError(msg)
         return group_parameters(
             model,

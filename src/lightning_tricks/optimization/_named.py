@@ -13,7 +13,6 @@ from typing import Any, Final, cast
 import torch
 from torch.optim import Optimizer
 
-from lightning_tricks._core.checks import check_in_interval
 from lightning_tricks._core.extras import require
 from lightning_tricks._core.lightning import override
 from lightning_tricks.errors import ArgumentError, MissingPackageError
@@ -139,7 +138,7 @@ class Named(GroupedRecipe):
         for key in ("lr", "weight_decay"):
             value = getattr(self, key)
             if value is not None:
-                check_in_interval(key, value, "[0, ∞)")
+                self._check(key, "[0, ∞)")
                 if key not in taken:
                     msg = f"`{key}` must be None for {self.name!r}, which has no such option, got {value!r}."
                     raise ArgumentError(msg)

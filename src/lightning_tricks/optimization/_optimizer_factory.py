@@ -26,7 +26,14 @@ from lightning_tricks._core.lightning import (
 )
 from lightning_tricks._core.schedule import Schedule, follow
 from lightning_tricks._core.surgery import Patches
-from lightning_tricks.errors import ArgumentError, CheckpointError, TrickConflictError, TrickError, UnsupportedStrategyError
+from lightning_tricks.errors import (
+    ArgumentError,
+    CheckpointError,
+    TrickConflictError,
+    TrickError,
+    UnsupportedOptimizerError,
+    UnsupportedStrategyError,
+)
 from lightning_tricks.optimization._point_switch import PointSwitch
 from lightning_tricks.optimization._recipe import OptimizerRecipe
 from lightning_tricks.optimization._schedule_free import is_schedule_free
@@ -68,6 +75,7 @@ class OptimizerFactory(PointSwitch):
         NothingMatchedError: When the optimizer is built, if the module has no trainable parameter, or a glob of the recipe matches none.
         TrickError: When training starts, if the schedule needs the length of a fit that has none, or follows a metric and there is no
             validation; after a validation, if the metric is missing.
+        UnsupportedOptimizerError: When the optimizer is built, if there is a schedule and the optimizer has no learning rate.
         CheckpointError: On resuming, if the checkpoint holds the state of another optimizer.
 
     Note:
@@ -110,7 +118,7 @@ class OptimizerFactory(PointSwitch):
         self._scheduler: StepScheduler | None = None
         self._entry: dict[str, Any] | None = None  # of the checkpoint that this fit resumes from
         self._begun = 0  # where the schedule stood when training started
-        self._rate = 0.0  # with which the latest batch was trained
+        self._rate: float | None = None  # with which the latest batch was trained
 
     @property
     @override
@@ -146,6 +154,9 @@ class OptimizerFactory(PointSwitch):
         self._check_optimizer()
         if self.schedule is None:
             return {"optimizer": self._optimizer}
+        if not self._rates(self._optimizer):
+            msg = f"`schedule` must be None for {self.recipe!r}, whose optimizer has no learning rate, got {self.schedule!r}."
+            raise UnsupportedOptimizerError(msg)
         self._scheduler = self.schedule._scheduler(self._optimizer)
         scheduler: dict[str, Any] = {"scheduler": self._scheduler, "interval": "step"}
         if module.automatic_optimization:
@@ -178,11 +189,11 @@ class OptimizerFactory(PointSwitch):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._optimizer is not None:
-            self._rate = max(float(group["lr"]) for group in self._optimizer.param_groups)
+            self._rate = max(self._rates(self._optimizer), default=None)
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int) -> None:
-        if logs_now(trainer):
+        if self._rate is not None and logs_now(trainer):
             pl_module.log(f"{self.log_prefix}/lr", self._rate)
 
     @override
@@ -200,6 +211,11 @@ class OptimizerFactory(PointSwitch):
                 f"The schedule of {self!r} stood still: under manual optimization, {type(pl_module).__name__} must step it after each "
                 "optimizer step, by `self.lr_schedulers().step()`."
             )
+
+    @staticmethod
+    def _rates(optimizer: Optimizer) -> list[float]:
+        """Return the learning rates of the parameter groups that have one."""
+        return [float(group["lr"]) for group in optimizer.param_groups if "lr" in group]
 
     @property
     def _metric(self) -> str | None:

@@ -125,6 +125,10 @@ def _exemptions(model: nn.Module) -> set[str]:
     for path, module in model.named_modules(remove_duplicate=False):
         listed = getattr(module, "no_weight_decay", None)
         names = listed() if callable(listed) else listed
+        if isinstance(names, str):
+            names = [names]
+        elif isinstance(names, bool):
+            names = ["*"] if names else []
         prefix = clean_name(f"{path}.") if path else ""
         found |= {prefix + clean_name(name) for name in names or ()}
     return found

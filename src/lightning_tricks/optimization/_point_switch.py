@@ -48,8 +48,12 @@ class PointSwitch(SwappingTrick):
 
     @override
     def _enter(self, trainer: Trainer, module: LightningModule) -> None:
-        self._switched = [optimizer for optimizer in _schedule_free(trainer) if optimizer.kept is None]
-        self._settle(trainer, module)
+        # After a fit that an exception has ended, the parameters hold y, unless other weights have been loaded since.
+        training = trainer.state.fn == "fit"
+        self._switched = [each for each in _schedule_free(trainer) if each.kept is None and (training or not each.overwritten)]
+        for optimizer in self._switched:
+            return_to_shards(module)
+            optimizer.eval()
 
     @override
     def _leave(self) -> None:

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
+from numbers import Integral, Real
 from typing import Any, ClassVar, Final, Literal, TypeVar
 
 import torch
@@ -81,6 +82,14 @@ class OptimizerRecipe(ABC):
         from lightning_tricks.optimization._optimizer_factory import attach  # noqa: PLC0415  # which imports this file
 
         return attach(module, self, schedule)
+
+    def _set(self, name: str, value: Any) -> None:
+        """Set a field while the recipe is made."""
+        object.__setattr__(self, name, value)
+
+    def _check(self, name: str, interval: str) -> None:
+        """Check that a field is a number in an interval, and keep it as a plain one."""
+        self._set(name, check_in_interval(name, getattr(self, name), interval))
 
     @override
     def __repr__(self) -> str:
@@ -155,7 +164,7 @@ class GroupedRecipe(OptimizerRecipe):
             check_choice("decayed", kind, KINDS)
         self._set("decayed", kinds)
         if self.layer_decay is not None:
-            check_in_interval("layer_decay", self.layer_decay, "(0, 1]")
+            self._set("layer_decay", check_in_interval("layer_decay", self.layer_decay, "(0, 1]"))
         if self.layers is not None:
             if self.layer_decay is None:
                 msg = f"`layers` is only used with `layer_decay`, got layers={self.layers!r} and layer_decay=None."
@@ -170,10 +179,6 @@ class GroupedRecipe(OptimizerRecipe):
             msg = f"`implementation` must be one of {', '.join(map(repr, offered))} for this optimizer, got {self.implementation!r}."
             raise ArgumentError(msg)
 
-    def _set(self, name: str, value: Any) -> None:
-        """Set a field while the recipe is made."""
-        object.__setattr__(self, name, value)
-
     def _check_options(self) -> None:
         """Check the optimizer's own options."""
         for name, value in self.defaults.items():
@@ -184,7 +189,7 @@ class GroupedRecipe(OptimizerRecipe):
             elif isinstance(domain, tuple):
                 self._set(name, check_pair(name, value, domain))
             elif kind in {int, float}:
-                check_in_interval(name, value, domain)
+                self._set(name, check_in_interval(name, value, domain))
 
     def _check_overrides(self) -> None:
         if not isinstance(self.overrides, Mapping) or not all(isinstance(options, Mapping) for options in self.overrides.values()):
@@ -243,10 +248,14 @@ _COMMON: Final = frozenset(each.name for each in fields(GroupedRecipe))
 
 
 def plain(value: Any) -> Any:
-    """Return containers of any kind, those of Hydra included, as dicts and tuples of one's own."""
+    """Return containers of any kind, those of Hydra included, as dicts and tuples of one's own, and numbers of NumPy as plain ones."""
     if isinstance(value, Mapping):
         return {key: plain(each) for key, each in value.items()}
-    return tuple(map(plain, value)) if isinstance(value, Sequence) and not isinstance(value, str) else value
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(map(plain, value))
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return int(value) if isinstance(value, Integral) else float(value)
+    return value
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_tricks._core.checks import check_bool, check_in_interval
+from lightning_tricks._core.checks import check_bool
 from lightning_tricks._core.lightning import override
 from lightning_tricks._core.reevaluation import evaluate_twice
 from lightning_tricks._core.strategies import own_part, return_to_shards
@@ -161,7 +161,7 @@ class SAM(WrapperRecipe):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_in_interval("rho", self.rho, "[0, ∞)")
+        self._check("rho", "[0, ∞)")
         check_bool("adaptive", self.adaptive)
 
     @override

@@ -16,7 +16,6 @@ from typing import Any, Final
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RAdam
 
-from lightning_tricks._core.checks import check_in_interval
 from lightning_tricks._core.extras import require
 from lightning_tricks._core.lightning import callbacks_of, override, trainer_of
 from lightning_tricks.errors import ArgumentError, TrickError
@@ -87,9 +86,9 @@ class ScheduleFree(WrapperRecipe):
             msg = f"ScheduleFree must be the innermost wrapper, got {inside} inside it. Put ScheduleFree inside, if {inside} can wrap it."
             raise ArgumentError(msg)
         if self.momentum is not None:
-            check_in_interval("momentum", self.momentum, "(0, 1)")
-        check_in_interval("r", self.r, "[0, ∞)")
-        check_in_interval("weight_lr_power", self.weight_lr_power, "[0, ∞)")
+            self._check("momentum", "(0, 1)")
+        self._check("r", "[0, ∞)")
+        self._check("weight_lr_power", "[0, ∞)")
 
     @override
     def _wrap(self, inner: Optimizer, model: nn.Module) -> Optimizer:

@@ -29,6 +29,7 @@ class ScheduleFreeOptimizer(WrappingOptimizer):
     def __init__(self, inner: Optimizer) -> None:
         super().__init__(inner)
         self.kept: dict[nn.Parameter, Tensor] | None = None  # this rank's parts of y while the parameters hold x
+        self.written: list[int] | None = None  # how often each parameter had been written to when it was given y back
 
     @abstractmethod
     def _beta(self, group: dict[str, Any]) -> float:
@@ -58,12 +59,23 @@ class ScheduleFreeOptimizer(WrappingOptimizer):
             with torch.inference_mode(mode=False):
                 copy_([own_part(p.detach()) for p in self.kept], list(self.kept.values()))
             self.kept = None
+        self.written = self._versions()
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether somebody has written to the parameters since they were last given y, by loading a checkpoint for instance."""
+        return self.kept is None and self.written != self._versions()
+
+    def _versions(self) -> list[int]:
+        return [own_part(p)._version for group in self.param_groups for p in group["params"]]
 
     def averages(self) -> dict[nn.Parameter, Tensor]:
         """Return copies of this rank's parts of x, for the parameters that have moved."""
         if self.kept is not None:
             return {p: own_part(p.detach()).clone() for p in self._moved()}
-        return {p: own_part(p.detach()).lerp(own_part(self.state[p]["z"]), 1 - 1 / self._beta(group)) for p, group in self._moved().items()}
+        moved = self._moved().items()
+        # After a fit, Lightning moves the optimizer's state to the CPU.
+        return {p: own_part(p.detach()).lerp(own_part(self.state[p]["z"]).to(p.device), 1 - 1 / self._beta(group)) for p, group in moved}
 
     def trained(self) -> dict[nn.Parameter, Tensor]:
         """Return copies of this rank's parts of y, for the parameters that have moved."""

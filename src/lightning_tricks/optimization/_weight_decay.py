@@ -16,9 +16,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_tricks._core.checkpoint import read_entry, write_entry
-from lightning_tricks._core.checks import check_bool, check_choice, check_in_interval, check_patterns
+from lightning_tricks._core.checks import check_bool, check_choice, check_patterns
 from lightning_tricks._core.lightning import STEP_OUTPUT, LightningModule, Trainer, callbacks_of, defines, logs_now, override
-from lightning_tricks._core.schedule import Schedule, follow
+from lightning_tricks._core.schedule import Schedule, check_varying, follow
 from lightning_tricks._core.strategies import refuse_strategies, refuse_unreachable_parameters
 from lightning_tricks._core.trick import Trick
 from lightning_tricks.errors import ArgumentError, NothingMatchedError, TrickConflictError, TrickError
@@ -73,7 +73,8 @@ class WeightDecay(Trick):
         TrickConflictError: When the fit starts, if two decays of one kind select the same parameter.
         UnsupportedStrategyError: At setup, under DeepSpeed, and under FSDP1 with `log_penalty` or ``use_orig_params=False``.
         UnsupportedOptimizerError: When the fit starts, if an optimizer decays the same parameters itself, is no
-            ``torch.optim.Optimizer``, or has no learning rate or is LBFGS while `mode` is ``"decoupled"``.
+            ``torch.optim.Optimizer``, or has no learning rate, is LBFGS or one of the schedulefree package's while `mode` is
+            ``"decoupled"``.
         TrickError: In training, if ``"l2"`` or ``"l1"`` meets a sparse gradient.
 
     Note:
@@ -248,7 +249,8 @@ def _check_decay(value: Any) -> float | Schedule | dict[str, float | Schedule]:
 
 
 def _check_rule(name: str, value: Any) -> float | Schedule:
-    return value if isinstance(value, Schedule) else float(check_in_interval(name, value, "[0, ∞)"))
+    checked = check_varying(name, value, "[0, ∞)")
+    return checked if isinstance(checked, Schedule) else float(checked)
 
 
 def _check_skip(skip: Kind | Sequence[Kind]) -> tuple[Kind, ...]:
