@@ -38,6 +38,13 @@ def test_what_is_no_duration(value):
         Duration.parse("every", value)
 
 
+def test_any_share_but_none_at_all_is_at_least_one():
+    assert Duration.parse("every", "0.5%", least=1).amount == 0.5
+    with pytest.raises(errors.ArgumentError, match="got '0%'"):
+        Duration.parse("every", "0%", least=1)
+    assert Duration.parse("start", "0%").amount == 0
+
+
 def test_least():
     with pytest.raises(errors.ArgumentError, match=r"at least 1, .* got 0\."):
         Duration.parse("every", 0, least=1)

@@ -52,13 +52,19 @@ class Duration:
                 duration = cls(float(found["percent"]), "%")
             else:
                 duration = cls(int(found["amount"]), "steps" if found["unit"].startswith("step") else "epochs")
-        if duration is None or duration.amount < least or (duration.unit == "%" and not 0 <= duration.amount <= 100):
+        if duration is None or not duration._reaches(least):
             msg = (
                 f"`{name}` must be an int of optimizer steps, or a text such as '500 steps', '3 epochs' or '80%' "
                 f"(at least {least}, at most 100%), got {value!r}."
             )
             raise ArgumentError(msg)
         return duration
+
+    def _reaches(self, least: int) -> bool:
+        """Tell whether this is no share above the whole, and at least so many steps or epochs; any share is, but none at all."""
+        if self.unit == "%":
+            return self.amount <= 100 and (self.amount > 0 or least == 0)
+        return self.amount >= least
 
     def steps(self, name: str, trainer: Trainer) -> int:
         """Convert to optimizer steps once the Trainer knows its data, that is from `on_train_start` on.
