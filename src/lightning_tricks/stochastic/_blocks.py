@@ -57,13 +57,17 @@ def examine(block: nn.Module) -> Shape:
         try:
             with torch.enable_grad(), torch.random.fork_rng(devices=[]):
                 output = twin(leaf.view_as(leaf))
-        except Exception:  # noqa: BLE001  # as above: the block takes another shape
+        except Exception:  # noqa: BLE001, S112  # as above: the block takes another shape
             continue
         first = output[0] if isinstance(output, tuple | list) and output else output
         if not isinstance(first, Tensor):
             continue
         if first.shape != leaf.shape:
-            found = found if found.kept is not None else Shape(kept=False, residual=False, activated=None, reason=_change(leaf.shape, first.shape))
+            found = (
+                found
+                if found.kept is not None
+                else Shape(kept=False, residual=False, activated=None, reason=_change(leaf.shape, first.shape))
+            )
         elif _reaches(first, leaf):
             return Shape(kept=True, residual=True, activated=ends_in_activation(first), bare=first is output)
         else:
@@ -91,7 +95,9 @@ def _inputs(block: nn.Module) -> Iterator[tuple[int, ...]]:
     """Yield shapes of inputs that a block may take, the likeliest first."""
     widths, dimensions = [], set()
     for layer in block.modules():
-        width = next((getattr(layer, name) for name in ("in_channels", "in_features", "num_features", "num_channels") if hasattr(layer, name)), None)
+        width = next(
+            (getattr(layer, name) for name in ("in_channels", "in_features", "num_features", "num_channels") if hasattr(layer, name)), None
+        )
         width = getattr(layer, "normalized_shape", (width,))[-1]
         widths += [width] if isinstance(width, int) and width not in widths else []
         dimensions |= {i for i, kind in enumerate((nn.Conv1d, nn.Conv2d, nn.Conv3d), 1) if isinstance(layer, kind)}

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from lightning_tricks._core.lightning import override
 from lightning_tricks._core.surgery import StandIn
 from lightning_tricks.errors import TrickError
 from lightning_tricks.stochastic._blocks import ends_in_activation
@@ -26,7 +25,7 @@ Mode = Literal["sample", "batch"]
 class Dropping(StandIn):
     """Computes ``x + (h(x) − x)/(1 − p)`` for the samples that survive, and x for the others, while the block trains."""
 
-    def __init__(self, block: nn.Module, name: str, index: int, mode: Mode, clock: Clock, owner: str) -> None:
+    def __init__(self, block: nn.Module, name: str, index: int, *, mode: Mode, clock: Clock, owner: str) -> None:
         super().__init__(block)
         self.name, self.index, self.mode, self.clock, self.owner = name, index, mode, clock, owner
         self.activated: bool | None = None  # whether an activation comes last
@@ -47,7 +46,6 @@ class Dropping(StandIn):
         key, keep = self._key(int(self.clock.now)), float(self.keep)
         return float(uniform(key) >= keep) if self.mode == "batch" else 1.0 - _survivors(key, self.rows, keep) / self.rows
 
-    @override
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         if not self.module.training:
             return self.plain(*arguments, **options)
@@ -65,6 +63,9 @@ class Dropping(StandIn):
     def _by_sample(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
         x = _first_tensor((arguments, options))
         count = self.rows = x.shape[0]
+        key: Any
+        keep: Any
+        alive: Any
         if torch.compiler.is_compiling():  # shapes must not depend on what is drawn, nor on a rate that varies
             key, keep = self._key(self.clock.now), self.keep.clamp(min=1 / count)
             alive = torch.floor(count * keep + uniform(key)).long()
@@ -103,7 +104,7 @@ class Dropping(StandIn):
             outputs[place] = whole + change if computed == count else whole.index_add(0, chosen, change)
         return tree_unflatten(outputs, structure)
 
-    @torch.compiler.disable(recursive=False)
+    @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]
     def _outside_of_compiled_code(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
         return self._by_sample(arguments, options)
 
@@ -118,7 +119,7 @@ class Dropping(StandIn):
 
     # By batch
 
-    @torch.compiler.disable(recursive=False)
+    @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]
     def _by_batch(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
         x, keep = _first_tensor((arguments, options)), float(self.keep)
         self.rows = x.shape[0]
@@ -140,7 +141,7 @@ class _Skip(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
         return gradient, *(torch.zeros_like(parameter) for parameter in ctx.parameters)
 
 

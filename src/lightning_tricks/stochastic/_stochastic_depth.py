@@ -212,7 +212,7 @@ def _attach(model: nn.Module, blocks: Mapping[str, tuple[nn.Module, Shape]], mod
     _check_free(model, owner)
     droppings = []
     for index, (name, (block, shape)) in enumerate(blocks.items()):
-        dropping = Dropping(block, name, index, mode, clock, owner)
+        dropping = Dropping(block, name, index, mode=mode, clock=clock, owner=owner)
         dropping.activated = shape.activated
         for layer in block.modules():
             attribute = next((each for end, each in _OWN_RATES.items() if type(layer).__name__.endswith(end)), None)
@@ -299,6 +299,7 @@ class StochasticDepth(Trick):
         self.growth = check_choice("growth", growth, ("linear", "uniform"))
         self._seed = 0
         self._clock = Clock(0)
+        self._found = False  # whether the model was searched for blocks
         self._droppings: list[Dropping] = []
         self._value: Callable[[int], float] | None = None
 
@@ -319,11 +320,12 @@ class StochasticDepth(Trick):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._droppings:
+        if not self._found:
             self._apply(pl_module)
 
     def _apply(self, module: LightningModule) -> None:
         blocks, left = _find(module, self.where, self.exclude, self.mode, trick=repr(self))
+        self._found = True
         if self.rate == 0:
             return
         self._droppings = _attach(module, blocks, self.mode, self._clock, owner=repr(self))
@@ -366,7 +368,7 @@ class StochasticDepth(Trick):
 
     def _undo(self) -> None:
         _detach(self._droppings)
-        self._droppings = []
+        self._droppings, self._found = [], False
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
