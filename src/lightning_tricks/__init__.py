@@ -10,6 +10,7 @@ from lightning_tricks.averaging._post_hoc_ema import PostHocEMA
 from lightning_tricks.normalization._batch_norm_refresh import BatchNormRefresh
 from lightning_tricks.optimization._optimizer_factory import OptimizerFactory
 from lightning_tricks.optimization._weight_decay import WeightDecay
+from lightning_tricks.stochastic._stochastic_depth import StochasticDepth
 
 __all__ = [
     "EMA",
@@ -18,6 +19,7 @@ __all__ = [
     "OptimizerFactory",
     "PolyakAveraging",
     "PostHocEMA",
+    "StochasticDepth",
     "WeightDecay",
     "errors",
     "functional",

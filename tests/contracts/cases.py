@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import lightning_tricks as lt
-from contracts.harness import Net
+from contracts.harness import Net, ResidualNet
 from lightning_tricks import optim, schedules
 
 if TYPE_CHECKING:
@@ -248,6 +248,36 @@ CASES = [
             "lends": "decay changes the weights themselves, and evaluations see what was trained",
             "pooled": "weights decay alike on all ranks, and statistics of normalization layers are left to training",
             "remove": "a callback that changes no module has nothing to remove",
+        },
+    ),
+    Case(
+        lt.StochasticDepth,
+        acting={"rate": 0.5},
+        neutral={"rate": 0.0},
+        wrong=(
+            ({"rate": 1.0}, "`rate` must lie in [0, 1), got 1.0."),
+            ({"rate": -0.1}, "got -0.1"),
+            ({"rate": float("nan")}, "got nan"),
+            ({"rate": "0.1"}, "got '0.1'"),
+            ({"rate": schedules.Linear(0.1, final=1.5)}, "reaches 1.5"),
+            ({"rate": 0.1, "where": ""}, "`where` must be a glob over qualified names"),
+            ({"rate": 0.1, "exclude": [None]}, "`exclude` must be a glob"),
+            ({"rate": 0.1, "mode": "row"}, "`mode` must be one of 'sample', 'batch', got 'row'"),
+            ({"rate": 0.1, "growth": "cubic"}, "`growth` must be one of 'linear', 'uniform', got 'cubic'"),
+            ({"rate": 0.1, "name": "two words"}, "`name` must be a word"),
+        ),
+        nothing_matched=(
+            ({"where": "layer*.?"}, "`where='layer*.?'` matched none of ResidualNet's 19 modules (Linear ×6, "),
+            ({"exclude": "blocks.?"}, "`exclude='blocks.?'` removed all 2 that can be dropped"),
+            ({"where": "blocks.?", "exclude": "*"}, "`exclude='*'` removed all 2"),
+            ({"where": "neck"}, "found no block to drop, in ResidualNet. Name blocks whose output has their input's shape by `where`"),
+        ),
+        model=ResidualNet,
+        skips={
+            "lends": "what is dropped in training changes the weights themselves, and evaluations see what was trained",
+            "ranks alike": "ranks draw for their samples independently of each other, so that two do not train as one",
+            "pooled": "statistics of normalization layers are left to training",
+            "tensor parallel": "the model of that check has no residual block",
         },
     ),
 ]

@@ -81,6 +81,29 @@ class Net(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.9)}
 
 
+class ResidualNet(Net):
+    """The same with two residual blocks."""
+
+    def __init__(self, lr: float = 0.05) -> None:
+        super().__init__(lr)
+        self.blocks = nn.Sequential(Residual(), Residual())
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.body(x)
+        return self.head(self.blocks(torch.tanh(self.frozen(self.neck(features) + self.tied(features)))))
+
+
+class Residual(nn.Module):
+    """A block whose output has its input's shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+
 class Loader:
     """Hands out shuffled batches and remembers where it stands, so that an epoch cut in the middle goes on there."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import re
 import subprocess
@@ -29,9 +30,14 @@ class Plain(Callback):
     """Stands where a trick would, and does nothing."""
 
 
-@pytest.fixture(scope="module")
-def plain():
-    return fit([Plain()])
+@functools.cache
+def plain_run(model):
+    return fit([Plain()], model)
+
+
+@pytest.fixture
+def plain(case: Case):
+    return plain_run(case.model)
 
 
 # 1. Keys stay.
@@ -165,7 +171,7 @@ def test_any_two_tricks_compose_or_say_why_not(pair):
     first, second = pair[0].make(name="first"), pair[1].make(name="second")
     refusal = None
     try:
-        run = fit([first, second], pair[0].model)
+        run = fit([first, second], next((case.model for case in pair if case.model is not Net), Net))
     except errors.TrickConflictError as error:
         refusal = str(error)
     if refusal is None:

@@ -19,6 +19,10 @@ trainer = L.Trainer(
         lt.OptimizerFactory(optim.SGD(lr=0.1, momentum=0.9), schedule=schedules.Cosine(warmup="5%"), name="slow"),
         lt.BatchNormRefresh(20, on="validation", where=["body.*"], exclude="*.bn1", name="slow"),
         lt.WeightDecay(0.01),
+        lt.StochasticDepth(0.1),
+        lt.StochasticDepth(
+            schedules.Linear(0.1, final=0.2), where=["layer*.?"], exclude="head", mode="batch", growth="uniform", name="slow"
+        ),
         lt.WeightDecay({"*": 0.01, "head": schedules.Linear(0.0, final=0.1)}, mode="l2", skip=["bias", "norm", "embedding"], name="slow"),
         lt.WeightDecay(schedules.Cosine(0.04), where=["body.*"], exclude="*.bias", skip="norm", existing="replace", log_penalty=True),
     ]
@@ -95,6 +99,7 @@ lt.BatchNormRefresh("some")  # type: ignore[arg-type]
 lt.LatestWeightAveraging(5, "1 epoch")  # type: ignore[call-arg]
 posthoc.synthesize(0.1, 1000)  # type: ignore[call-arg]
 lt.PostHocEMA(sigma_rel=0.1)  # type: ignore[arg-type]
+lt.StochasticDepth(0.1, mode="row")  # type: ignore[arg-type]
 lt.WeightDecay(0.1, mode="l3")  # type: ignore[arg-type]
 lt.WeightDecay(0.1, skip="biases")  # type: ignore[arg-type]
 lt.WeightDecay(0.1, "l2")  # type: ignore[call-arg]

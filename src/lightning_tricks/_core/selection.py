@@ -1,4 +1,4 @@
-"""From globs over qualified names to the parameters they select, with a diagnosis when nothing is left."""
+"""From globs over qualified names to the parameters or modules they select, with a diagnosis when nothing is left."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections import Counter
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
+
+from torch.nn import ModuleList
 
 from lightning_tricks._core.strategies import plain_name
 from lightning_tricks.errors import NothingMatchedError
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["matches", "select_parameters"]
+__all__ = ["matches", "select_modules", "select_parameters"]
 
 
 def matches(name: str, patterns: str | Sequence[str]) -> bool:
@@ -63,6 +65,45 @@ def select_parameters(
         reason = f"all {len(selected)} that `where={where!r}` matched are frozen (`requires_grad=False`). Thaw some, or select others"
     msg = f"{trick} found no trainable parameter: {reason}."
     raise NothingMatchedError(msg)
+
+
+def select_modules(module: nn.Module, where: str | Sequence[str], exclude: str | Sequence[str], *, trick: str) -> dict[str, nn.Module]:
+    """Select modules by name, shared ones once; of those that lie within each other, the outermost.
+
+    A glob matches the whole name of a module or its end after a dot, and a list of modules stands for its members.
+
+    Raises:
+        NothingMatchedError: If none is left, saying whether `where` matches none or `exclude` removes all.
+    """
+    names = {plain_name(name): child for name, child in module.named_modules() if name}
+    located = {name: child for name, child in names.items() if _is_named(name, where) and not isinstance(child, ModuleList)}
+    lists = [name for name, child in names.items() if isinstance(child, ModuleList) and _is_named(name, where)]
+    located.update({name: child for name, child in names.items() if name.rpartition(".")[0] in lists})
+    selected: dict[str, nn.Module] = {}
+    for name in names:  # parents before their children
+        inside = any(name.startswith(f"{outer}.") for outer in selected)
+        if name in located and not inside and not matches(name, exclude):
+            selected[name] = located[name]
+    if selected:
+        return selected
+    kinds = Counter(type(child).__name__ for child in names.values())
+    listed = ", ".join(f"{kind} ×{count}" for kind, count in kinds.most_common(4))
+    model = type(module).__name__
+    if not located:
+        found = f"{model}'s {len(names)} modules ({listed}{', …' if len(kinds) > 4 else ''})"
+        examples = ", ".join(map(repr, list(names)[:3]))
+        wanted = (where if isinstance(where, str) else where[0]).strip(".*?")
+        close = get_close_matches(wanted, list(names), n=1) or list(names)[:1]
+        reason = f"`where={where!r}` matched none of {found}. Names look like {examples}; try `where={''.join(close)!r}`"
+    else:
+        reason = f"`exclude={exclude!r}` removed all {len(located)} that `where={where!r}` matched. Exclude less"
+    msg = f"{trick} found no module: {reason}."
+    raise NothingMatchedError(msg)
+
+
+def _is_named(name: str, patterns: str | Sequence[str]) -> bool:
+    globs, parts = (patterns,) if isinstance(patterns, str) else patterns, name.split(".")
+    return any(fnmatchcase(".".join(parts[i:]), glob) for i in range(len(parts)) for glob in globs)
 
 
 def _inventory(module: nn.Module) -> str:

@@ -1,4 +1,4 @@
-"""Replace methods on single objects, and put the originals back."""
+"""Replace methods on single objects, for a fit or for as long as a module lives, and put the originals back."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Patches"]
+    from torch import nn
+
+__all__ = ["Patches", "StandIn"]
 
 _ABSENT = object()
 
@@ -40,3 +42,33 @@ class Patches:
                 delattr(owner, name)
             else:
                 setattr(owner, name, before)
+
+
+class StandIn:
+    """Stands in for the `forward` of a module; a subclass computes something else in ``__call__``.
+
+    The module stays the same object of the same class with the same keys and parameters. Since this is no closure, a module that holds
+    one can be pickled and copied, and a copy's stand-in belongs to the copy.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._before = vars(module).get("forward")
+
+    def plain(self, *arguments: Any, **options: Any) -> Any:
+        """Compute what the module computes without its stand-in."""
+        if self._before is not None:
+            return self._before(*arguments, **options)
+        return type(self.module).forward(self.module, *arguments, **options)
+
+    def attach(self) -> None:
+        """Take the place of the module's `forward`."""
+        self.module.forward = self  # type: ignore[assignment]
+
+    def detach(self) -> None:
+        """Put the module's `forward` back, unless somebody has replaced it since."""
+        if vars(self.module).get("forward") is self:
+            if self._before is None:
+                del self.module.forward
+            else:
+                self.module.forward = self._before

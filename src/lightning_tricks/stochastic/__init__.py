@@ -1,0 +1,1 @@
+"""Drop parts of the network at random."""
