@@ -267,7 +267,7 @@ CASES = [
             ({"rate": 0.1, "name": "two words"}, "`name` must be a word"),
         ),
         nothing_matched=(
-            ({"where": "layer*.?"}, "`where='layer*.?'` matched none of ResidualNet's 19 modules (Linear ×6, "),
+            ({"where": "layer*.?"}, "`where='layer*.?'` matched none of ResidualNet's 21 modules (Linear ×6, "),
             ({"exclude": "blocks.?"}, "`exclude='blocks.?'` removed all 2 that can be dropped"),
             ({"where": "blocks.?", "exclude": "*"}, "`exclude='*'` removed all 2"),
             ({"where": "neck"}, "found no block to drop, in ResidualNet. Name blocks whose output has their input's shape by `where`"),

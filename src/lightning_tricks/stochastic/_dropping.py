@@ -90,11 +90,11 @@ class Dropping(StandIn):
             if computed == count:  # rows stand in their own places
                 survives = torch.zeros(count, dtype=torch.bool, device=x.device).index_copy(0, chosen, survives)
         outputs, structure = tree_flatten(self.plain(*arguments, **options))
-        place = next((i for i, each in enumerate(outputs) if isinstance(each, Tensor)), None)
-        output = self._checked(None if place is None else outputs[place], inner)
+        tensors = [i for i, each in enumerate(outputs) if isinstance(each, Tensor)]
+        output = self._checked(outputs[tensors[0]] if tensors else None, inner)
         whole = x.to(output.dtype)
         outputs = [_spread(each, chosen, computed, count) for each in outputs]
-        assert place is not None
+        place = tensors[0]
         if self.activated:
             rows = output if survives is None else torch.where(_column(survives, output), output, inner.to(output.dtype))
             outputs[place] = rows if computed == count else whole.index_copy(0, chosen, rows)
