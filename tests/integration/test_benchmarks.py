@@ -13,7 +13,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", [path.stem for path in sorted(BENCHMARKS.glob("*.py")) if "--quick" in path.read_text()])
+@pytest.mark.parametrize("name", [path.stem for path in sorted(BENCHMARKS.glob("*.py")) if "--repeats" in path.read_text()])
 def test_benchmark_runs_and_reports(name, tmp_path):
     command = [sys.executable, BENCHMARKS / f"{name}.py", "--quick", "--repeats", "2", "--warmup", "1", "--output", tmp_path / "out"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
