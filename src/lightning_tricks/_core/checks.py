@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from functools import cache
 from numbers import Integral, Real
 from typing import TypeVar
 
@@ -32,10 +33,7 @@ _T = TypeVar("_T")
 
 def check_in_unit_interval(name: str, value: float) -> float:
     """Accept a number in [0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
-        msg = f"`{name}` must lie in [0, 1], got {value!r}."
-        raise ArgumentError(msg)
-    return float(value)
+    return float(check_in_interval(name, value, "[0, 1]"))
 
 
 def check_count(name: str, value: int) -> int:
@@ -52,13 +50,19 @@ def check_in_interval(name: str, value: float, interval: str) -> float:
     Returns:
         The number as a plain one: a checkpoint with one of NumPy's does not load under ``weights_only=True``.
     """
-    low, high = (float(bound.strip().replace("∞", "inf")) for bound in interval[1:-1].split(","))
+    low, high = _bounds(interval)
     real = isinstance(value, Real) and not isinstance(value, bool)
     above = real and (low <= value if interval[0] == "[" else low < value)
     if not above or not (value <= high if interval[-1] == "]" else value < high):
         msg = f"`{name}` must lie in {interval}, got {value!r}."
         raise ArgumentError(msg)
     return int(value) if isinstance(value, Integral) else float(value)
+
+
+@cache  # since some numbers are checked at each step
+def _bounds(interval: str) -> tuple[float, float]:
+    low, high = (float(bound.strip().replace("∞", "inf")) for bound in interval[1:-1].split(","))
+    return low, high
 
 
 def check_pair(name: str, value: Sequence[float], intervals: tuple[str, str]) -> tuple[float, float]:

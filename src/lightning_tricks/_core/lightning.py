@@ -175,6 +175,6 @@ def scales_gradients(module: object) -> bool:
 
 def wrapped(module: nn.Module) -> nn.Module:
     """Return a module as the strategy of its Trainer has wrapped it, or as it is."""
-    strategy = getattr(getattr(module, "_trainer", None), "strategy", None)
+    strategy = getattr(trainer_of(module), "strategy", None)
     model: nn.Module | None = getattr(strategy, "model", None)
     return module if model is None or getattr(strategy, "lightning_module", None) is not module else model

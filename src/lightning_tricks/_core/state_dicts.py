@@ -9,8 +9,18 @@ import torch
 from torch import Tensor
 
 from lightning_tricks._core.checkpoint import check_tensors
-from lightning_tricks._core.strategies import as_sharded, cut, holder_of, is_sharded, load_parts, named_tensors, return_to_shards, whole
-from lightning_tricks._core.weights import memory
+from lightning_tricks._core.strategies import (
+    as_sharded,
+    cut,
+    holder_of,
+    is_sharded,
+    load_parts,
+    named_tensors,
+    own_part,
+    return_to_shards,
+    whole,
+)
+from lightning_tricks._core.weights import copy_, memory
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,7 +30,9 @@ if TYPE_CHECKING:
 
     from lightning_tricks._core.shards import Shards
 
-__all__ = ["laid_out", "put_beside", "read_beside", "replaced", "sharded_name"]
+__all__ = ["is_beside", "laid_out", "put_beside", "read_beside", "replaced", "sharded_name", "write_parts"]
+
+_PREFIX = "lightning_tricks/"
 
 
 def laid_out(parts: Mapping[str, Tensor], likes: Mapping[str, Tensor | Shards], *, sharded: bool) -> dict[str, Tensor]:
@@ -110,6 +122,17 @@ def read_beside(entry: Mapping[str, Any], group: str, module: nn.Module, path: s
     }
 
 
+def write_parts(module: nn.Module, parts: Mapping[str, Tensor]) -> None:
+    """Give a model this rank's parts of other tensors, by name."""
+    own = named_tensors(module)
+    copy_([own_part(own[name]) for name in parts], list(parts.values()))
+
+
+def is_beside(key: str) -> bool:
+    """Tell whether `put_beside` has put what a state dict holds under this key."""
+    return key.startswith(_PREFIX)
+
+
 def sharded_name(state_key: str, group: str, name: str) -> str:
     """Return the name under which a tensor goes into a sharded state dict."""
-    return f"lightning_tricks/{state_key}/{group}/{name}"
+    return f"{_PREFIX}{state_key}/{group}/{name}"

@@ -38,6 +38,7 @@ __all__ = [
     "own_part",
     "owner_of",
     "plain_name",
+    "refuse_flat_parameters",
     "refuse_strategies",
     "refuse_unreachable_parameters",
     "region_of",
@@ -45,11 +46,13 @@ __all__ = [
     "stored_tensors",
     "summed",
     "through_wrapper",
+    "unwrapped",
     "whole",
     "writes_own_files",
 ]
 
 _WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_COMPILED = "_orig_mod"  # stands in a state dict's keys, too
 
 
 def _is_a(trainer: Trainer, strategy: str) -> bool:
@@ -74,16 +77,26 @@ def refuse_strategies(trainer: Trainer, trick: str, reasons: dict[str, str]) -> 
             raise UnsupportedStrategyError(msg)
 
 
+def refuse_flat_parameters(trainer: Trainer, trick: str) -> None:
+    """Refuse FSDP1 where it does not show parameters as the module has them.
+
+    Raises:
+        UnsupportedStrategyError: If the Trainer's strategy does so.
+    """
+    strategy: Any = trainer.strategy
+    if _is_a(trainer, "FSDPStrategy") and not strategy.kwargs.get("use_orig_params"):
+        msg = f"{trick} follows parameters, and FSDPStrategy(use_orig_params=False) melts them into flat ones. Pass `use_orig_params=True`."
+        raise UnsupportedStrategyError(msg)
+
+
 def refuse_unreachable_parameters(trainer: Trainer, trick: str) -> None:
     """Refuse settings of a strategy under which no rank can read and write its part of each parameter.
 
     Raises:
         UnsupportedStrategyError: If the Trainer's strategy has one of them.
     """
+    refuse_flat_parameters(trainer, trick)
     strategy: Any = trainer.strategy
-    if _is_a(trainer, "FSDPStrategy") and not strategy.kwargs.get("use_orig_params"):
-        msg = f"{trick} follows parameters, and FSDPStrategy(use_orig_params=False) melts them into flat ones. Pass `use_orig_params=True`."
-        raise UnsupportedStrategyError(msg)
     config = strategy.config if _is_a(trainer, "DeepSpeedStrategy") else None
     offloaded = ((config or {}).get("zero_optimization") or {}).get("offload_param") or {}
     if offloaded.get("device") == "nvme":
@@ -137,18 +150,27 @@ def moved_by(optimizer: Optimizer) -> set[int]:
     return {id(parameter) for group in (*own, *copied) for parameter in group}
 
 
-def plain_name(name: str) -> str:
-    """Return a qualified name without the wrappers that a strategy puts around modules."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+def plain_name(name: str, *, compiled: bool = True) -> str:
+    """Return a qualified name without the wrappers that a strategy puts around modules, nor, unless `compiled`, torch.compile's."""
+    wrappers = _wrappers(compiled=compiled)
+    return ".".join(part for part in name.split(".") if part not in wrappers)
+
+
+def unwrapped(module: nn.Module, *, compiled: bool = True) -> nn.Module:
+    """Return the module inside the wrappers that `plain_name` leaves out."""
+    while inner := next((module._modules[wrapper] for wrapper in _wrappers(compiled=compiled) if wrapper in module._modules), None):
+        module = inner
+    return module
+
+
+def _wrappers(*, compiled: bool) -> tuple[str, ...]:
+    return _WRAPPERS if compiled else (*_WRAPPERS, _COMPILED)
 
 
 def owner_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     """Return the module that holds a named tensor, inside all wrappers, and the tensor's name there."""
     path, _, key = name.rpartition(".")
-    owner = module.get_submodule(path)
-    while inner := next((owner._modules[wrapper] for wrapper in _WRAPPERS if wrapper in owner._modules), None):
-        owner = inner
-    return owner, key
+    return unwrapped(module.get_submodule(path)), key
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor | Shards]:
@@ -205,8 +227,9 @@ def cut(tensor: Tensor, like: Tensor | Shards) -> Tensor:
 
 def added_up(tensor: Tensor) -> Tensor:
     """Return a tensor of which ranks hold terms, such as a gradient under tensor parallelism, as their sum; others as they are."""
-    pending = isinstance(tensor, DTensor) and any(placement.is_partial() for placement in tensor.placements)
-    return tensor.full_tensor() if pending and isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor) or not any(placement.is_partial() for placement in tensor.placements):
+        return tensor
+    return tensor.redistribute(placements=[Replicate() if placement.is_partial() else placement for placement in tensor.placements])
 
 
 def summed(value: Tensor, like: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim import Optimizer
 
+from lightning_tricks._core.strategies import moved_by
 from lightning_tricks.errors import UnsupportedOptimizerError
 
 if TYPE_CHECKING:
@@ -32,12 +33,8 @@ def updating(optimizer: Optimizer) -> Optimizer:
             "Derive it from that class."
         )
         raise UnsupportedOptimizerError(msg)
-    wrapped = [value for value in vars(optimizer).values() if isinstance(value, Optimizer) and _moved(value) == _moved(optimizer)]
+    wrapped = [value for value in vars(optimizer).values() if isinstance(value, Optimizer) and moved_by(value) == moved_by(optimizer)]
     return updating(wrapped[0]) if len(wrapped) == 1 else optimizer
-
-
-def _moved(optimizer: Optimizer) -> set[int]:
-    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
 class BeforeUpdate:

@@ -22,6 +22,7 @@ from lightning_tricks._core.lightning import (
     rank_zero_warn,
 )
 from lightning_tricks._core.selection import select_parameters
+from lightning_tricks._core.state_dicts import write_parts
 from lightning_tricks._core.strategies import engine_of, moved_by, refuse_unreachable_parameters, return_to_shards, writes_own_files
 from lightning_tricks._core.surgery import Patches
 from lightning_tricks._core.swapping import SwappingTrick
@@ -340,7 +341,7 @@ class WeightAverage(SwappingTrick):
         present = [callback.state_key for callback in callbacks_of(trainer)]
         absent = unpack_absent(checkpoint, pl_module, present, trainer.ckpt_path) if fitting else {}
         for parts in (*absent.values(), raw):
-            averages.write(parts)
+            write_parts(pl_module, parts)
         if fitting and entry is None:
             rank_zero_info(f"{self!r} found no average of its own in the checkpoint; it starts from the checkpoint's weights.")
         if absent:

@@ -19,7 +19,6 @@ from lightning_tricks._core.strategies import (
     stored_tensors,
     whole,
 )
-from lightning_tricks._core.weights import copy_
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -89,11 +88,6 @@ class Averages:
                 track.put_raw()
         for other in undisturbed:
             other.mark()
-
-    def write(self, raw: Mapping[str, Tensor]) -> None:
-        """Give the model these training weights, in place of averages that came with a checkpoint."""
-        own = named_tensors(self.module)
-        copy_([own_part(own[name]) for name in raw], list(raw.values()))
 
     def adopt(self, raw: Mapping[str, Tensor]) -> None:
         """Keep these training weights aside, for a model that came with its averages."""

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from lightning_tricks._core.checkpoint import other_entries, read_entry
-from lightning_tricks._core.state_dicts import sharded_name
+from lightning_tricks._core.state_dicts import is_beside, sharded_name
 from lightning_tricks._core.weights import memory
 from lightning_tricks.averaging._window import mean_of
 from lightning_tricks.errors import ArgumentError, CheckpointError
@@ -134,7 +134,7 @@ def _averages(entry: Mapping[str, Any], stored: Mapping[str, Tensor], key: str) 
 
 def _from_whole(checkpoint: dict[str, Any], key: str) -> dict[str, Tensor]:
     entry, stored = checkpoint["lightning_tricks"][key], checkpoint["state_dict"]
-    state = {name: tensor for name, tensor in stored.items() if not name.startswith("lightning_tricks/")}
+    state = {name: tensor for name, tensor in stored.items() if not is_beside(name)}
     averages = _averages(entry, stored, key)
     covered = {memory(state[name]): name for name in averages if name in state and state[name].numel()}
     lost = [name for name in averages if name not in state and not entry["deployed"]]

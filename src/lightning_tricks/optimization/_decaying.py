@@ -17,7 +17,7 @@ from lightning_tricks._core.strategies import return_to_shards
 from lightning_tricks._core.updates import BeforeUpdate, updating
 from lightning_tricks.errors import NothingMatchedError, UnsupportedOptimizerError
 from lightning_tricks.optimization._decay import Mode, Terms, add_gradient_, measure, penalty_of, shrink_
-from lightning_tricks.optimization._groups import Kind, Owned, owned_parameters
+from lightning_tricks.optimization._owners import Kind, Owned, owned_parameters
 
 if TYPE_CHECKING:
     from torch import nn

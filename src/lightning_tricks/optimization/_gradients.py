@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.distributed import ReduceOp, all_reduce
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import get_total_norm
 
-from lightning_tricks._core.strategies import own_part
+from lightning_tricks._core.strategies import added_up, own_part
 from lightning_tricks.errors import UnsupportedOptimizerError
 
 if TYPE_CHECKING:
@@ -33,18 +33,11 @@ def total_norm(tensors: Sequence[Tensor], order: float = 2.0) -> Tensor:
     """
     by_layout: dict[tuple[DeviceMesh, tuple[Placement, ...]] | None, list[Tensor]] = {}
     for tensor in tensors:
-        summed = _summed(tensor)
+        summed = added_up(tensor)
         layout = (summed.device_mesh, summed.placements) if isinstance(summed, DTensor) else None
         by_layout.setdefault(layout, []).append(own_part(summed))
     norms = [_norm_of_parts(parts, layout, order) for layout, parts in by_layout.items()]
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), order)
-
-
-def _summed(tensor: Tensor) -> Tensor:
-    """Add up what ranks hold as summands."""
-    if not isinstance(tensor, DTensor) or not any(placement.is_partial() for placement in tensor.placements):
-        return tensor
-    return tensor.redistribute(placements=[Replicate() if placement.is_partial() else placement for placement in tensor.placements])
 
 
 def _norm_of_parts(parts: list[Tensor], layout: tuple[DeviceMesh, tuple[Placement, ...]] | None, order: float) -> Tensor:

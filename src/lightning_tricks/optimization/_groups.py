@@ -14,22 +14,16 @@ from torch.optim import Optimizer
 from lightning_tricks._core.selection import matches
 from lightning_tricks.errors import NothingMatchedError, UnsupportedOptimizerError, UnsupportedStrategyError
 from lightning_tricks.optimization._layers import given_layers, inferred_layers
-from lightning_tricks.optimization._owners import KINDS, Kind, Owned, clean_name, kind_of, owned_parameters
+from lightning_tricks.optimization._owners import Kind, Owned, clean_name, owned_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 __all__ = [
-    "KINDS",
-    "Kind",
-    "Owned",
     "ParameterGroup",
     "check_complete",
     "check_globs",
-    "clean_name",
     "group_parameters",
-    "kind_of",
-    "owned_parameters",
 ]
 
 

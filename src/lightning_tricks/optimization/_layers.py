@@ -10,18 +10,18 @@ from torch import nn
 
 from lightning_tricks._core.extras import require
 from lightning_tricks._core.selection import matches
+from lightning_tricks._core.strategies import unwrapped
 from lightning_tricks.errors import NothingMatchedError
 from lightning_tricks.optimization._owners import clean_name
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from lightning_tricks.optimization._owners import Owned
 
 __all__ = ["given_layers", "inferred_layers"]
 
 _CONTAINERS: Final = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-_INSIDE: Final = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def given_layers(parameters: Sequence[Owned], layers: Sequence[str], who: str) -> list[int]:
@@ -101,7 +101,7 @@ def _blocks(model: nn.Module) -> list[str]:
 
     Where such elements contain others, the outer one is a stage if most of its parameters lie in those; else it is the block.
     """
-    modules = {path: _unwrapped(module) for path, module in model.named_modules()}
+    modules = {path: unwrapped(module, compiled=False) for path, module in model.named_modules()}
     elements = {
         path: module
         for path, module in modules.items()
@@ -120,9 +120,3 @@ def _blocks(model: nn.Module) -> list[str]:
         if 2 * len(inner) <= sum(1 for _ in module.parameters()):
             blocks.append(path)
     return [clean_name(block) for block in blocks]
-
-
-def _unwrapped(module: nn.Module) -> nn.Module:
-    inner: Mapping[str, nn.Module] = dict(module.named_children())
-    held = next((inner[name] for name in _INSIDE if name in inner), None)
-    return module if held is None else _unwrapped(held)

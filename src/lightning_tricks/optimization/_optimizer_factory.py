@@ -25,6 +25,7 @@ from lightning_tricks._core.lightning import (
     rank_zero_warn,
 )
 from lightning_tricks._core.schedule import Schedule, follow
+from lightning_tricks._core.strategies import refuse_flat_parameters
 from lightning_tricks._core.surgery import Patches
 from lightning_tricks.errors import (
     ArgumentError,
@@ -32,7 +33,6 @@ from lightning_tricks.errors import (
     TrickConflictError,
     TrickError,
     UnsupportedOptimizerError,
-    UnsupportedStrategyError,
 )
 from lightning_tricks.optimization._point_switch import PointSwitch
 from lightning_tricks.optimization._recipe import OptimizerRecipe
@@ -137,12 +137,7 @@ class OptimizerFactory(PointSwitch):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        if getattr(trainer.strategy, "kwargs", {}).get("use_orig_params") is False:
-            msg = (
-                f"{self!r} needs the parameters as the module has them, and {type(trainer.strategy).__name__}(use_orig_params=False) shows "
-                "flat ones. Leave `use_orig_params` at True."
-            )
-            raise UnsupportedStrategyError(msg)
+        refuse_flat_parameters(trainer, repr(self))
         if self._module is not pl_module:
             rank_zero_info(f"{self!r} takes over `configure_optimizers` of {type(pl_module).__name__}.")
         self._module, self._optimizer, self._scheduler, self._entry = pl_module, None, None, None

@@ -19,6 +19,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.rnn import RNNCellBase
 from torch.nn.utils.parametrize import ParametrizationList
 
+from lightning_tricks._core.strategies import plain_name
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -33,7 +35,6 @@ _EMBEDDINGS: Final = (nn.Embedding, nn.EmbeddingBag)
 # The weights themselves, also when weight_norm (`_v`), spectral_norm or pruning (`_orig`) keep them under another name.
 _MATRIX: Final = re.compile(r"(weight(_(ih|hh|hr)(_l\d+(_reverse)?)?)?|(in|q|k|v)_proj_weight)(_v|_orig)?")
 _BIAS: Final = re.compile(r"(.+_)?bias(_.+)?")
-_WRAPPERS: Final = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(\.|$)")
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def kind_of(owner: nn.Module, name: str) -> Kind:
 
 def clean_name(name: str) -> str:
     """Remove from a qualified name the names of wrappers: of ``torch.compile``, FSDP and activation checkpointing."""
-    return _WRAPPERS.sub("", name)
+    return plain_name(name, compiled=False)
 
 
 def _exemptions(model: nn.Module) -> set[str]:

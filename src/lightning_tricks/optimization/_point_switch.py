@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from lightning_tricks._core.lightning import LightningModule, Trainer, override
-from lightning_tricks._core.state_dicts import laid_out, put_beside, read_beside, replaced
-from lightning_tricks._core.strategies import holder_of, is_sharded, named_tensors, own_part, return_to_shards
+from lightning_tricks._core.state_dicts import laid_out, put_beside, read_beside, replaced, write_parts
+from lightning_tricks._core.strategies import holder_of, is_sharded, named_tensors, return_to_shards
 from lightning_tricks._core.surgery import Patches
 from lightning_tricks._core.swapping import SwappingTrick
-from lightning_tricks._core.weights import copy_
 from lightning_tricks.optimization._schedule_free_points import ScheduleFreeOptimizer
 from lightning_tricks.optimization._wrapping import layers_of
 
@@ -89,9 +88,7 @@ class PointSwitch(SwappingTrick):
         """Let the module, which has been given x, hold y."""
         if "trained" in entry:
             return_to_shards(module)
-            trained = read_beside(entry, "trained", module, trainer.ckpt_path, self.state_key)
-            own = named_tensors(module)
-            copy_([own_part(own[name]) for name in trained], list(trained.values()))
+            write_parts(module, read_beside(entry, "trained", module, trainer.ckpt_path, self.state_key))
 
     def _deploying(self, trainer: Trainer, state_dict: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
         def deployed() -> dict[str, Any]:

@@ -19,12 +19,12 @@ from lightning_tricks._core.checkpoint import read_entry, write_entry
 from lightning_tricks._core.checks import check_bool, check_choice, check_patterns
 from lightning_tricks._core.lightning import STEP_OUTPUT, LightningModule, Trainer, callbacks_of, defines, logs_now, override
 from lightning_tricks._core.schedule import Schedule, check_varying, follow
-from lightning_tricks._core.strategies import refuse_strategies, refuse_unreachable_parameters
+from lightning_tricks._core.strategies import moved_by, refuse_strategies, refuse_unreachable_parameters
 from lightning_tricks._core.trick import Trick
 from lightning_tricks.errors import ArgumentError, NothingMatchedError, TrickConflictError, TrickError
 from lightning_tricks.optimization._decay import MODES, Mode
 from lightning_tricks.optimization._decaying import Decayed, Decays, Rules
-from lightning_tricks.optimization._groups import KINDS, Kind
+from lightning_tricks.optimization._owners import KINDS, Kind
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -146,8 +146,7 @@ class WeightDecay(Trick):
         for other in callbacks_of(trainer):
             if isinstance(other, WeightDecay) and other is not self and (other.mode == "l1") == (self.mode == "l1"):
                 self._check_apart(other, pl_module)
-        held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
-        if held.isdisjoint(self._selected):
+        if set().union(*map(moved_by, trainer.optimizers)).isdisjoint(self._selected):
             msg = (
                 f"{self!r} acts at the steps of optimizers, and no optimizer of {type(pl_module).__name__} has any parameter that it "
                 "selects. Return one from `configure_optimizers`, or remove the callback."

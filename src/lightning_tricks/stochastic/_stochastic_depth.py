@@ -98,10 +98,7 @@ def apply_stochastic_depth(
     clock = Clock(check_count("seed", seed + 1) - 1)
     blocks, left = _find(model, where, exclude, mode, trick=_FUNCTION)
     remove_stochastic_depth(model)
-    droppings = _attach(model, blocks, mode, clock, owner=_FUNCTION)
-    _set_rates(droppings, rate, growth)
-    for dropping in droppings:
-        dropping.largest_keep = float(dropping.keep)
+    droppings = _attach(model, blocks, mode, clock, owner=_FUNCTION, least=rate, growth=growth)
     model.register_forward_pre_hook(_Tick(clock))
     return Dropped({each.name: round(1.0 - float(each.keep), 12) for each in droppings}, left)
 
@@ -120,7 +117,7 @@ def remove_stochastic_depth(model: nn.Module) -> None:
         False
     """
     _check_free(model, _FUNCTION)
-    _detach(_droppings_of(model, _FUNCTION))
+    _detach(_droppings_of(model))
     for key, hook in list(model._forward_pre_hooks.items()):
         if isinstance(hook, _Tick):
             del model._forward_pre_hooks[key]
@@ -146,12 +143,14 @@ def _find(
 ) -> tuple[dict[str, tuple[nn.Module, Shape]], dict[str, str]]:
     """Return the blocks that can be dropped, and why others cannot, both by name."""
     candidates = _members(model) if where is None else select_modules(model, where, exclude, trick=trick)
-    held = [(block, vars(block).pop("forward")) for block in model.modules() if isinstance(vars(block).get("forward"), Dropping)]
+    held = _droppings_of(model)
+    for dropping in held:
+        del dropping.module.forward
     try:
         shapes = {name: examine(block) for name, block in candidates.items()}
     finally:
-        for block, dropping in held:
-            block.forward = dropping
+        for dropping in held:
+            dropping.attach()
     found, left = {}, {}
     for name, block in candidates.items():
         shape = shapes[name]
@@ -194,21 +193,29 @@ def _members(model: nn.Module) -> dict[str, nn.Module]:
     return members
 
 
-def _droppings_of(model: nn.Module, owner: str) -> list[Dropping]:
+def _droppings_of(model: nn.Module) -> list[Dropping]:
     forwards = (vars(module).get("forward") for module in model.modules())
-    return [each for each in forwards if isinstance(each, Dropping) and each.owner == owner]
+    return [each for each in forwards if isinstance(each, Dropping)]
 
 
 def _check_free(model: nn.Module, owner: str) -> None:
-    for module in model.modules():
-        held = vars(module).get("forward")
-        if isinstance(held, Dropping) and held.owner != owner:
+    for held in _droppings_of(model):
+        if held.owner != owner:
             msg = f"{held.owner} and {owner} both drop blocks of {type(model).__name__}, such as {held.name!r}. Keep one."
             raise TrickConflictError(msg)
 
 
-def _attach(model: nn.Module, blocks: Mapping[str, tuple[nn.Module, Shape]], mode: Mode, clock: Clock, *, owner: str) -> list[Dropping]:
-    """Let blocks be dropped; where a model brings layers that do so on the same branch, those are switched off."""
+def _attach(
+    model: nn.Module,
+    blocks: Mapping[str, tuple[nn.Module, Shape]],
+    mode: Mode,
+    clock: Clock,
+    *,
+    owner: str,
+    least: float,
+    growth: Growth,
+) -> list[Dropping]:
+    """Let blocks be dropped, at least at this rate; where a model brings layers that do so on the same branch, those are switched off."""
     _check_free(model, owner)
     droppings = []
     for index, (name, (block, shape)) in enumerate(blocks.items()):
@@ -221,6 +228,9 @@ def _attach(model: nn.Module, blocks: Mapping[str, tuple[nn.Module, Shape]], mod
                 setattr(layer, attribute, 0.0)
         dropping.attach()
         droppings.append(dropping)
+    _set_rates(droppings, least, growth)
+    for dropping in droppings:
+        dropping.largest_keep = float(dropping.keep)
     return droppings
 
 
@@ -328,12 +338,9 @@ class StochasticDepth(Trick):
         self._found = True
         if self.rate == 0:
             return
-        self._droppings = _attach(module, blocks, self.mode, self._clock, owner=repr(self))
         least = self.rate.bounds[0] if isinstance(self.rate, Schedule) else self.rate
         least = 0.0 if isinstance(self.rate, Schedule) and self.rate.warmup else least
-        _set_rates(self._droppings, max(0.0, least), self.growth)
-        for dropping in self._droppings:
-            dropping.largest_keep = float(dropping.keep)
+        self._droppings = _attach(module, blocks, self.mode, self._clock, owner=repr(self), least=max(0.0, least), growth=self.growth)
         rank_zero_info(f"{self!r} drops {', '.join(blocks)}." + "".join(f" Not {name}: {reason}." for name, reason in left.items()))
 
     @override
