@@ -1,0 +1,18 @@
+"""Layers, for use in any module."""
+
+from lightning_tricks.normalization._channel_norm import LayerNorm2d, RMSNorm2d
+from lightning_tricks.normalization._filter_response_norm import FilterResponseNorm
+from lightning_tricks.normalization._ghost_batch_norm import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
+from lightning_tricks.normalization._lp_batch_norm import LpBatchNorm1d, LpBatchNorm2d, LpBatchNorm3d
+
+__all__ = [
+    "FilterResponseNorm",
+    "GhostBatchNorm1d",
+    "GhostBatchNorm2d",
+    "GhostBatchNorm3d",
+    "LayerNorm2d",
+    "LpBatchNorm1d",
+    "LpBatchNorm2d",
+    "LpBatchNorm3d",
+    "RMSNorm2d",
+]
