@@ -22,76 +22,92 @@ from lightning_tricks._core.checks import check_count
 __all__ = ["GhostBatchNorm1d", "GhostBatchNorm2d", "GhostBatchNorm3d"]
 
 
-class _Parts(NamedTuple):
-    """How N samples in order make up K ghost batches, of equal sizes or sizes that differ by one.
+class _Split(NamedTuple):
+    """N samples, in order, as K ghost batches whose sizes are equal or differ by one, the larger ones first.
 
     Attributes:
-        of: The ghost batch of each sample, of shape ``(N,)``.
-        members: The samples of each ghost batch, of shape ``(K, most)``; the smaller ones repeat a sample.
-        shares: The share of each member in its ghost batch, of shape ``(K, most, 1)``; of repetitions, zero.
-        sizes: The number of samples in each ghost batch, of shape ``(K, 1)``.
+        larger: The number of ghost batches that have one sample more than the others.
+        others: The number of the others.
+        size: The number of samples of each of the others.
     """
 
-    of: Tensor
-    members: Tensor
-    shares: Tensor
-    sizes: Tensor
+    larger: int
+    others: int
+    size: int
 
     @classmethod
-    def make(cls, samples: int, count: int, like: Tensor) -> _Parts:
-        """Let sample i belong to ghost batch ``⌊i·K/N⌋``."""
-        of = torch.arange(samples, device=like.device) * count // samples
-        starts = (torch.arange(count + 1, device=like.device) * samples + count - 1) // count
-        members = starts[:-1, None] + torch.arange((samples + count - 1) // count, device=like.device)
-        sizes = starts.diff()[:, None].to(like.dtype)
-        shares = (members < starts[1:, None]) / sizes
-        return cls(of, members.clamp(max=samples - 1), shares[..., None], sizes)
+    def make(cls, samples: int, count: int) -> _Split:
+        """Make so many ghost batches of so many samples."""
+        size, larger = divmod(samples, count)
+        return cls(larger, count - larger, size)
+
+    def evenly(self, samples: Tensor) -> list[tuple[Tensor, int]]:
+        """Return samples that make up ghost batches of one size, and the number of those."""
+        if not self.larger:
+            return [(samples, self.others)]
+        cut = self.larger * (self.size + 1)
+        return [(samples[:cut], self.larger), (samples[cut:], self.others)]
 
     def pool(self, values: Tensor) -> Tensor:
         """Average values of shape ``(N, C)`` over each ghost batch, to ``(K, C)``."""
-        return (values[self.members] * self.shares).sum(1)
+        return _join([part.view(count, -1, part.shape[1]).mean(1) for part, count in self.evenly(values)])
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Give each sample the values of its ghost batch, ``(K, C)`` to ``(N, C)``."""
+        spread = [values[: self.larger].repeat_interleave(self.size + 1, 0)] if self.larger else []
+        return _join([*spread, values[self.larger :].repeat_interleave(self.size, 0)])
 
 
-def _normalize(x: Tensor, weight: Tensor, bias: Tensor, parts: _Parts, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalize ``(N, C, L)`` by the mean and variance of each ghost batch, and return both too, of shape ``(K, C)``."""
-    values = x.to(weight.dtype)
-    mean = parts.pool(values.mean(2))
-    centred = values - mean[parts.of, :, None]
-    variance = parts.pool(centred.square().mean(2))
-    scale = (variance + eps).rsqrt() * weight
-    return (centred * scale[parts.of, :, None] + bias[:, None]).to(x.dtype), mean, variance
+def _join(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-class _Normalize(torch.autograd.Function):
-    """The same as `_normalize`, in fewer passes over memory.
+def _normalize(x: Tensor, weight: Tensor, bias: Tensor, split: _Split, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalize ``(N, C, L)``, and return the mean and variance of each ghost batch too, of shape ``(K, C)``.
 
-    The moments of each sample's channels are taken first, and those of a ghost batch follow from them. Where a sample's channels lie in
-    rows, each row is a channel to the kernels of plain batch normalization: those compute the moments, apply what was pooled, and
-    compute the sums that the gradients need.
+    Ghost batches of one size lie side by side as further channels of plain batch normalization.
+    """
+    rows = x.is_contiguous()
+    x = x if rows else x.transpose(1, 2)
+    parts = [_normalize_evenly(part, weight, bias, count, eps, rows=rows) for part, count in split.evenly(x)]
+    y, mean, variance = (_join(list(each)) for each in zip(*parts, strict=True))
+    return y if rows else y.transpose(1, 2), mean, variance
+
+
+def _normalize_evenly(x: Tensor, weight: Tensor, bias: Tensor, count: int, eps: float, *, rows: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalize ghost batches of one size, with samples of shape ``(C, L)`` if in rows, else ``(L, C)``."""
+    samples, channels = len(x), len(weight)
+    values = x[:, 0].numel() // count if rows else x[..., 0].numel() // count
+    beside = x.reshape(count, samples // count if rows else values, *x.shape[1 if rows else 2 :]).transpose(0, 1)
+    mean, variance = weight.new_zeros(2, count * channels)
+    y = batch_norm(beside.flatten(1, 2), mean, variance, weight.repeat(count), bias.repeat(count), True, 1.0, eps)
+    y = y.view(beside.shape).transpose(0, 1).reshape(x.shape)
+    return y, mean.view(count, channels), variance.view(count, channels) * ((values - 1) / values)
+
+
+class _NormalizeRows(torch.autograd.Function):
+    """The same as `_normalize` for contiguous tensors, in place of whose copies there are two more passes over memory.
+
+    Each row of a sample's channel is a channel to the kernels of plain batch normalization: those take its moments, from which those of
+    a ghost batch follow, apply what was pooled, and take the sums that the gradients need.
     """
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor, parts: _Parts, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(x: Tensor, weight: Tensor, bias: Tensor, split: _Split, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         samples, channels, length = x.shape
-        if not _lies_in_rows(x):
-            values = x.to(weight.dtype)
-            mean = parts.pool(values.mean(2))
-            out = values - mean[parts.of, :, None]
-            variance = parts.pool(out.square().mean(2))
-            scale = (variance + eps).rsqrt() * weight
-            return out.mul_(scale[parts.of, :, None]).add_(bias[:, None]).to(x.dtype), mean, variance
         rows = x.view(1, samples * channels, length)
         precise, as_well = weight.new_zeros(2, samples * channels)  # in whose precision moments are returned
-        moments = torch.batch_norm_update_stats(rows, precise, as_well, 0.0)
-        means, variances = (moment.view(samples, channels) for moment in moments)
-        mean = parts.pool(means)
-        variance = parts.pool(variances + (means - mean[parts.of]).square())
-        of_rows = mean[parts.of].view(-1), variance[parts.of].view(-1)
-        return batch_norm(rows, *of_rows, weight.repeat(samples), bias.repeat(samples), False, 0.0, eps).view_as(x), mean, variance
+        means, variances = (each.view(samples, channels) for each in torch.batch_norm_update_stats(rows, precise, as_well, 0.0))
+        mean = split.pool(means)
+        mean_of_rows = split.spread(mean)
+        variance = split.pool(variances + (means - mean_of_rows).square())
+        applied = mean_of_rows.view(-1), split.spread(variance).view(-1)
+        y = batch_norm(rows, *applied, weight.repeat(samples), bias.repeat(samples), False, 0.0, eps)
+        return y.view_as(x), mean, variance
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        x, weight, bias, ctx.parts, ctx.eps = inputs
+        x, weight, bias, ctx.split, ctx.eps = inputs
         _, mean, variance = output
         ctx.mark_non_differentiable(mean, variance)
         ctx.save_for_backward(x, weight, bias, mean, variance)
@@ -99,33 +115,22 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, variance = ctx.saved_tensors
-        parts, eps, dy = ctx.parts, ctx.eps, gradients[0]
+        split, eps, dy = ctx.split, ctx.eps, gradients[0]
         if torch.is_grad_enabled():  # somebody will differentiate again
-            y, _, _ = _normalize(x, weight, bias, parts, eps)
+            y, _, _ = _normalize(x, weight, bias, split, eps)
             return *torch.autograd.grad(y, (x, weight, bias), dy, create_graph=True), None, None
         samples, channels, length = x.shape
+        rows = x.view(1, samples * channels, length)
+        applied = weight.repeat(samples), split.spread(mean).view(-1), split.spread(variance).view(-1)
+        partial, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(  # as if mean and variance were constants
+            dy.reshape(rows.shape).contiguous(), rows, *applied, None, None, False, eps, [True] * 3
+        )
+        d_weight, d_bias = d_weight.view(samples, channels), d_bias.view(samples, channels)
         inverse = (variance + eps).rsqrt()
-        scale = (inverse * weight)[parts.of, :, None]
-        if _lies_in_rows(x):
-            applied = [each.reshape(-1) for each in (weight.repeat(samples), mean[parts.of], variance[parts.of])]
-            rows = [each.reshape(1, samples * channels, length).contiguous() for each in (dy, x)]
-            dx, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(*rows, *applied, None, None, False, eps, [True] * 3)
-            dx, d_weight, d_bias = dx.view_as(x), d_weight.view(samples, channels), d_bias.view(samples, channels)
-            by_x = -scale * (parts.pool(d_weight) / length * inverse)[parts.of, :, None]
-            constant = -scale * (parts.pool(d_bias) / length)[parts.of, :, None] - by_x * mean[parts.of, :, None]
-            dx.addcmul_(x, by_x.to(x.dtype)).add_(constant)
-        else:
-            dy = dy.to(weight.dtype)
-            dx = x.to(weight.dtype) - mean[parts.of, :, None]
-            dx.mul_(inverse[parts.of, :, None])
-            d_weight, d_bias = (dy * dx).sum(2), dy.sum(2)
-            dx.mul_(-(parts.pool(d_weight) / length)[parts.of, :, None]).sub_((parts.pool(d_bias) / length)[parts.of, :, None])
-            dx = dx.add_(dy).mul_(scale).to(x.dtype)
+        by_x = -weight * inverse.square() * split.pool(d_weight) / length
+        constant = -weight * inverse * split.pool(d_bias) / length - by_x * mean
+        dx = partial.view_as(x).addcmul_(x, split.spread(by_x)[..., None].to(x.dtype)).add_(split.spread(constant)[..., None])
         return dx, d_weight.sum(0), d_bias.sum(0), None, None
-
-
-def _lies_in_rows(x: Tensor) -> bool:
-    return x.is_contiguous() and x.shape[2] > 1
 
 
 class _GhostBatchNorm(_BatchNorm):
@@ -153,14 +158,14 @@ class _GhostBatchNorm(_BatchNorm):
         if count == 1:
             return super().forward(input)
         x = input.flatten(2) if input.ndim > 2 else input.unsqueeze(2)
-        like = x.new_empty((), dtype=torch.promote_types(x.dtype, torch.float32))
-        weight = like.new_ones(x.shape[1]) if self.weight is None else self.weight.to(like.dtype)
-        bias = like.new_zeros(x.shape[1]) if self.bias is None else self.bias.to(like.dtype)
-        normalize = _normalize if torch.compiler.is_compiling() else _Normalize.apply
-        parts = _Parts.make(len(x), count, like)
-        y, mean, variance = normalize(x, weight, bias, parts, self.eps)
+        precision = torch.promote_types(x.dtype, torch.float32)
+        weight = torch.ones(self.num_features, dtype=precision, device=x.device) if self.weight is None else self.weight.to(precision)
+        bias = torch.zeros_like(weight) if self.bias is None else self.bias.to(precision)
+        in_rows = x.is_contiguous() and x.shape[2] > 1 and not torch.compiler.is_compiling()
+        split = _Split.make(len(x), count)
+        y, mean, variance = (_NormalizeRows.apply if in_rows else _normalize)(x, weight, bias, split, self.eps)
         if self.training and self.track_running_stats:
-            self._track(parts, mean.detach(), variance.detach(), x.shape[2])
+            self._track(split, mean, variance, x.shape[2])
         return y.view_as(input)
 
     def _count(self, x: Tensor) -> int:
@@ -169,13 +174,13 @@ class _GhostBatchNorm(_BatchNorm):
         return max(1, min(-(-len(x) // self.ghost_size), most))
 
     @torch.no_grad()
-    def _track(self, parts: _Parts, mean: Tensor, variance: Tensor, length: int) -> None:
+    def _track(self, split: _Split, mean: Tensor, variance: Tensor, length: int) -> None:
         """Move the statistics once per batch: towards its mean, and the variance within its ghost batches without bias."""
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
-        values = parts.sizes * length
+        values = ((torch.arange(len(mean), device=mean.device) < split.larger) + split.size)[:, None] * length
         mean = (mean * values).sum(0) / values.sum()
         variance = (variance * values).sum(0) / (values - 1).sum()
         share: Tensor | float = self.num_batches_tracked.to(mean.dtype).reciprocal() if self.momentum is None else self.momentum
