@@ -12,3 +12,11 @@ torch.set_num_threads(1)  # sums in another order would differ in the last bit
 def _quiet():
     for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+@pytest.fixture
+def process_group():
+    """Make a group of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()

@@ -25,16 +25,8 @@ def backward(model: nn.Module) -> None:
     model(torch.linspace(-1, 1, 12).reshape(3, 4)).square().mean().backward()
 
 
-@pytest.fixture
-def _process_group():
-    """A group of one process, which some distributed optimizers ask for."""
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.full
-@pytest.mark.usefixtures("_process_group")
+@pytest.mark.usefixtures("process_group")  # which some distributed optimizers ask for
 @pytest.mark.filterwarnings("ignore:It is highly recommended to have 'opt_einsum':UserWarning")
 def test_every_listed_name_of_each_source_builds_or_says_what_is_missing():
     listed = optim.list_recipes()

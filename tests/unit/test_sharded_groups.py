@@ -16,10 +16,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:DTensor random operators may not
 
 
 @pytest.fixture
-def mesh():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    torch.distributed.destroy_process_group()
+def mesh(process_group):
+    return init_device_mesh("cpu", (1,))
 
 
 def net() -> nn.Sequential:

@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["check_tensors", "other_entries", "read_entry", "write_entry"]
+__all__ = ["check_tensors", "other_entries", "read_changes", "read_entry", "write_change", "write_entry"]
 
 _KEY = "lightning_tricks"
 _VERSION = 1
+_CHANGES = "changes"
 
 
 def write_entry(checkpoint: dict[str, Any], state_key: str, trick: str, entry: dict[str, Any]) -> None:
@@ -35,9 +36,18 @@ def read_entry(checkpoint: Mapping[str, Any], state_key: str) -> dict[str, Any] 
     Raises:
         CheckpointError: If the record is of a version we do not know, or is not a record at all.
     """
+    entry = _record(checkpoint).get(state_key)
+    if entry is not None and not isinstance(entry, dict):
+        found = type(entry).__name__
+        msg = f"The checkpoint's entry for {state_key} must be a dict, found a {found}. Nothing of it was loaded; the file is damaged."
+        raise CheckpointError(msg)
+    return entry
+
+
+def _record(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     record = checkpoint.get(_KEY)
     if record is None:
-        return None
+        return {}
     if not isinstance(record, dict) or record.get("version") != _VERSION:
         found = f"version {record.get('version')!r}" if isinstance(record, dict) else f"a {type(record).__name__}"
         msg = (
@@ -45,12 +55,22 @@ def read_entry(checkpoint: Mapping[str, Any], state_key: str) -> dict[str, Any] 
             "Upgrade lightning-tricks if a newer release wrote the file; otherwise the file is damaged."
         )
         raise CheckpointError(msg)
-    entry = record.get(state_key)
-    if entry is not None and not isinstance(entry, dict):
-        found = type(entry).__name__
-        msg = f"The checkpoint's entry for {state_key} must be a dict, found a {found}. Nothing of it was loaded; the file is damaged."
-        raise CheckpointError(msg)
-    return entry
+    return record
+
+
+def write_change(checkpoint: dict[str, Any], function: str, arguments: Mapping[str, Any]) -> None:
+    """Record that ``functional.FUNCTION(model, **arguments)`` has changed the model's keys, after the changes recorded before."""
+    record = checkpoint.setdefault(_KEY, {"version": _VERSION})
+    record.setdefault(_CHANGES, []).append({"function": function, "arguments": dict(arguments)})
+
+
+def read_changes(checkpoint: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Return the changes to the model's keys in their order, each as a function's name and arguments.
+
+    Raises:
+        CheckpointError: If the record is of a version we do not know, or is not a record at all.
+    """
+    return [(change["function"], change["arguments"]) for change in _record(checkpoint).get(_CHANGES, [])]
 
 
 def other_entries(checkpoint: Mapping[str, Any], present: Collection[str]) -> dict[str, dict[str, Any]]:

@@ -1,15 +1,25 @@
-"""Replace methods on single objects, for a fit or for as long as a module lives, and put the originals back."""
+"""Change a model: replace methods on single objects and modules wherever they are held, at the right moment, and put the originals back."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+
+from torch.distributed.tensor import DTensor
+
+from lightning_tricks._core.lightning import defines
+from lightning_tricks.errors import NothingMatchedError, TrickError, UnsupportedStrategyError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import nn
 
-__all__ = ["Patches", "StandIn"]
+    from lightning_tricks._core.lightning import LightningModule
+
+__all__ = ["Patches", "StandIn", "replace_module", "when_built"]
+
+_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+          "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks")  # fmt: skip
 
 _ABSENT = object()
 
@@ -72,3 +82,71 @@ class StandIn:
                 del self.module.forward
             else:
                 self.module.forward = self._before
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a module in the place of another, wherever a model holds it, with its mode and its hooks, whose handles stay valid.
+
+    Raises:
+        TrickError: If the model does not hold it, or is it.
+    """
+    places = [(parent, name) for parent in model.modules() for name, child in parent._modules.items() if child is old]
+    if not places:
+        msg = f"A module can be replaced only within a model that holds it, and {type(model).__name__} does not hold {type(old).__name__}."
+        raise TrickError(msg)
+    new.train(old.training)
+    for kind in _HOOKS:
+        hooks = vars(old)[kind]
+        hooks.update(vars(new)[kind])
+        setattr(new, kind, hooks)
+        setattr(old, kind, type(hooks)())
+    for parent, name in places:
+        parent._modules[name] = new
+
+
+def when_built(module: LightningModule, operate: Callable[[LightningModule], None], *, trick: str, function: str) -> Patches:
+    """Change a model in `Callback.setup`, or as soon as it has built its layers, before its optimizers and wrappers hold its parameters.
+
+    Where nothing that matches is there yet, and the module has hooks that build layers, the change waits for the end of
+    `configure_model`.
+
+    Args:
+        module: The model.
+        operate: Changes it; raises NothingMatchedError if there is nothing to change.
+        trick: How errors name who changes it.
+        function: The function that does the same, for users who shard in `configure_model`.
+
+    Returns:
+        What is to be undone at the end of the fit.
+
+    Raises:
+        NothingMatchedError: If there is nothing to change, and nothing is built later.
+        UnsupportedStrategyError: From `configure_model`, if that has sharded the layers already.
+    """
+    patches = Patches()
+    try:
+        operate(module)
+    except NothingMatchedError:
+        if not defines(module, "setup", "configure_model"):
+            raise
+    else:
+        return patches
+    waiting = [operate]
+
+    def around(configure_model: Callable[[], None]) -> Callable[[], None]:
+        def configured() -> None:
+            configure_model()
+            if not waiting:
+                return
+            if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+                msg = (
+                    f"{trick} creates parameters, which must be there before a model is sharded, and `configure_model` of "
+                    f"{type(module).__name__} builds and shards its layers at once. Call `functional.{function}` in between."
+                )
+                raise UnsupportedStrategyError(msg)
+            waiting.pop()(module)
+
+        return configured
+
+    patches.wrap(module, "configure_model", around)
+    return patches

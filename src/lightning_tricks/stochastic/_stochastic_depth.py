@@ -8,28 +8,23 @@ Source: G. Huang, Y. Sun, Z. Liu, D. Sedra and K. Q. Weinberger, "Deep Networks 
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from torch import nn
 
-from lightning_tricks._core.checkpoint import read_entry, write_entry
 from lightning_tricks._core.checks import check_choice, check_count, check_in_interval, check_patterns
-from lightning_tricks._core.lightning import STEP_OUTPUT, LightningModule, Trainer, defines, logs_now, override, rank_zero_info
-from lightning_tricks._core.schedule import Schedule, check_varying, follow
+from lightning_tricks._core.lightning import LightningModule, Trainer, override, rank_zero_info
+from lightning_tricks._core.schedule import Schedule, check_varying
 from lightning_tricks._core.selection import matches, select_modules
 from lightning_tricks._core.strategies import plain_name, refuse_strategies
-from lightning_tricks._core.trick import Trick
 from lightning_tricks.errors import NothingMatchedError, TrickConflictError
 from lightning_tricks.stochastic._blocks import Shape, examine, takes_batch_second
 from lightning_tricks.stochastic._draws import Clock
 from lightning_tricks.stochastic._dropping import Dropping, Mode
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from lightning_tricks.stochastic._random_trick import RandomTrick
 
 __all__ = ["StochasticDepth", "apply_stochastic_depth", "remove_stochastic_depth"]
 
@@ -247,7 +242,7 @@ def _set_rates(droppings: Sequence[Dropping], rate: float, growth: Growth) -> No
         dropping.set_rate(rate if growth == "uniform" else rate * i / count)
 
 
-class StochasticDepth(Trick):
+class StochasticDepth(RandomTrick):
     """Leave blocks out at random while training: ``x + (h(x) − x) · b / (1 − p_l)``, where ``b`` is 1 with probability ``1 − p_l``, else 0.
 
     Block l of L, whose output ``h(x)`` has its input's shape, is dropped with probability ``p_l = l/L · p``, l = 1..L, or with the same
@@ -307,35 +302,22 @@ class StochasticDepth(Trick):
         self.exclude = check_patterns("exclude", exclude, empty=True)
         self.mode = check_choice("mode", mode, ("sample", "batch"))
         self.growth = check_choice("growth", growth, ("linear", "uniform"))
-        self._seed = 0
-        self._clock = Clock(0)
-        self._found = False  # whether the model was searched for blocks
         self._droppings: list[Dropping] = []
-        self._value: Callable[[int], float] | None = None
+
+    @property
+    @override
+    def independent(self) -> bool:
+        return self.mode == "sample"
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
         if self.mode == "batch":
             refuse_strategies(trainer, repr(self), _NO_SKIPPING)
-        if stage != "fit":
-            return
-        self._undo()
-        self._seed, self._value = int(os.environ.get("PL_GLOBAL_SEED", "0")), None
-        try:
-            self._apply(pl_module)
-        except NothingMatchedError:
-            if not defines(pl_module, "setup", "configure_model"):  # which build layers later; `on_fit_start` looks again
-                raise
+        super().setup(trainer, pl_module, stage)
 
     @override
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._found:
-            self._apply(pl_module)
-
-    def _apply(self, module: LightningModule) -> None:
+    def attach(self, module: LightningModule) -> None:
         blocks, left = _find(module, self.where, self.exclude, self.mode, trick=repr(self))
-        self._found = True
         if self.rate == 0:
             return
         least = self.rate.bounds[0] if isinstance(self.rate, Schedule) else self.rate
@@ -344,45 +326,16 @@ class StochasticDepth(Trick):
         rank_zero_info(f"{self!r} drops {', '.join(blocks)}." + "".join(f" Not {name}: {reason}." for name, reason in left.items()))
 
     @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._value = follow(self.rate, trainer)
+    def detach(self) -> None:
+        _detach(self._droppings)
+        self._droppings = []
 
     @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        assert self._value is not None
-        _set_rates(self._droppings, self._value(trainer.global_step), self.growth)
-        options: Mapping[str, int] = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
-        rank = options.get("rank", 0) if self.mode == "sample" else 0  # of those with different data
-        self._clock.set(self._seed, rank, trainer.current_epoch, trainer.global_step, batch_idx)
+    def set_value(self, value: float) -> None:
+        _set_rates(self._droppings, value, self.growth)
         for dropping in self._droppings:
             dropping.rows = None
 
     @override
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int) -> None:
-        if logs_now(trainer) and self._droppings:
-            shares = [share for each in self._droppings if (share := each.dropped) is not None]
-            pl_module.log(f"{self.log_prefix}/rate", 1.0 - float(self._droppings[-1].keep))
-            pl_module.log(f"{self.log_prefix}/dropped", sum(shares) / max(1, len(shares)))
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._undo()
-
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
-            self._undo()
-
-    def _undo(self) -> None:
-        _detach(self._droppings)
-        self._droppings, self._found = [], False
-
-    @override
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        write_entry(checkpoint, self.state_key, repr(self), {"seed": self._seed})
-
-    @override
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        entry = read_entry(checkpoint, self.state_key)
-        if trainer.state.fn == "fit" and entry is not None:
-            self._seed = int(entry["seed"])
+    def shares(self) -> Sequence[float]:
+        return [share for each in self._droppings if (share := each.dropped) is not None]

@@ -1,0 +1,135 @@
+"""The base of callbacks that let a model draw at random while it trains."""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from lightning_tricks._core.checkpoint import read_entry, write_entry
+from lightning_tricks._core.lightning import STEP_OUTPUT, LightningModule, Trainer, defines, logs_now, override
+from lightning_tricks._core.schedule import follow
+from lightning_tricks._core.trick import Trick
+from lightning_tricks.errors import NothingMatchedError
+from lightning_tricks.stochastic._draws import Clock
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from lightning_tricks._core.schedule import Schedule
+
+__all__ = ["RandomTrick"]
+
+
+class RandomTrick(Trick):
+    """Changes a model for the fit, so that it draws at random in training; the original is back at the end, whatever ends the fit.
+
+    What is drawn follows from the clock, which stands at another moment in each batch: one of seed, rank, epoch, step and batch. Hence
+    a resumed run draws what it would have drawn, and no generator's state is touched. The strength of what is drawn, the argument
+    named by `quantity`, may be a `Schedule`; it is zero where nothing is drawn at all.
+    """
+
+    quantity: ClassVar[str] = "rate"
+
+    def __init__(self, name: str | None) -> None:
+        super().__init__(name)
+        self._clock = Clock(0)
+        self._seed = 0
+        self._attached = False
+        self._value: Callable[[int], float] | None = None
+        self._now = 0.0
+
+    @abstractmethod
+    def attach(self, module: LightningModule) -> None:
+        """Find the layers and change them; with neutral arguments only find them.
+
+        Raises:
+            NothingMatchedError: If there are none. Where the module builds layers in hooks of its own, the fit's start looks again.
+        """
+
+    @abstractmethod
+    def detach(self) -> None:
+        """Put everything back, if anything was changed."""
+
+    @abstractmethod
+    def set_value(self, value: float) -> None:
+        """Let the following batch draw with this strength."""
+
+    @abstractmethod
+    def shares(self) -> Sequence[float]:
+        """Return what share the latest batch has dropped, for each layer that ran."""
+
+    @property
+    def independent(self) -> bool:
+        """Whether ranks with different data draw independently of each other."""
+        return True
+
+    @property
+    def _strength(self) -> float | Schedule:
+        strength: float | Schedule = getattr(self, self.quantity)
+        return strength
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        self._undo()
+        self._seed, self._value = int(os.environ.get("PL_GLOBAL_SEED", "0")), None
+        try:
+            self._do(pl_module)
+        except NothingMatchedError:
+            if not defines(pl_module, "setup", "configure_model"):
+                raise
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._attached:
+            self._do(pl_module)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._value = follow(self._strength, trainer)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        assert self._value is not None
+        self._now = self._value(trainer.global_step)
+        self.set_value(self._now)
+        options: Mapping[str, int] = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
+        rank = options.get("rank", 0) if self.independent else 0  # of those with different data
+        self._clock.set(self._seed, rank, trainer.current_epoch, trainer.global_step, batch_idx)
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int) -> None:
+        if logs_now(trainer) and self._strength != 0:
+            pl_module.log(f"{self.log_prefix}/{self.quantity}", self._now)
+            if shares := self.shares():
+                pl_module.log(f"{self.log_prefix}/dropped", sum(shares) / len(shares))
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._undo()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._undo()
+
+    def _do(self, module: LightningModule) -> None:
+        self.attach(module)
+        self._attached = True
+
+    def _undo(self) -> None:
+        self.detach()
+        self._attached = False
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        write_entry(checkpoint, self.state_key, repr(self), {"seed": self._seed})
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        entry = read_entry(checkpoint, self.state_key)
+        if trainer.state.fn == "fit" and entry is not None:
+            self._seed = int(entry["seed"])
