@@ -13,13 +13,42 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_tricks._core.checks import check_count
+from lightning_tricks._core.checks import check_count, check_in_interval
 
 __all__ = ["FilterResponseNorm"]
 
 
 class FilterResponseNorm(nn.Module):
-    """Normalize."""
+    """Normalize each channel of a sample by its mean square, and rectify: ``y = max(γ · x / √(ν² + ε) + β, τ)``, ``ν² = mean(x²)``.
+
+    The mean is taken over all positions. It stands in the place of a normalization layer and of the ReLU behind.
+
+    Args:
+        num_features: The number of channels C, at least 1.
+        eps: Added to the mean square, above 0 (ε).
+        learnable_eps: Whether the absolute value of a learned number, 1e-4 at first, is added to `eps`. It matters where few positions
+            are left: with one, ``x / √(x² + ε)`` is a sign function that ε smooths.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Shape:
+        - Input: (N, C, *)
+        - Output: (N, C, *)
+
+    Raises:
+        ArgumentError: If `num_features` or `eps` lies outside its domain.
+
+    Note:
+        Its keys are ``weight`` (γ), ``bias`` (β), ``threshold`` (τ), and ``learned_eps``. The statistics are taken in float32 at least.
+
+    References:
+        - S. Singh and S. Krishnan, "Filter Response Normalization Layer", CVPR, 2020. One learned ε serves all channels.
+
+    Example:
+        >>> norm = FilterResponseNorm(1)
+        >>> [round(value, 4) for value in norm(torch.tensor([[[3.0, -4.0, 5.0]]])).flatten().tolist()]
+        [0.7348, 0.0, 1.2247]
+    """
 
     learned_eps: nn.Parameter | None
 
@@ -34,7 +63,7 @@ class FilterResponseNorm(nn.Module):
     ) -> None:
         super().__init__()
         self.num_features = check_count("num_features", num_features)
-        self.eps = eps
+        self.eps = check_in_interval("eps", eps, "(0, ∞)")
         self.weight = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
         self.threshold = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
@@ -51,14 +80,15 @@ class FilterResponseNorm(nn.Module):
 
     @override
     def forward(self, input: Tensor) -> Tensor:
-        shape = (-1, *(1,) * (input.ndim - 2))
         values = input.to(torch.promote_types(input.dtype, torch.float32))
+        shape = (-1, *(1,) * (input.ndim - 2))
+        weight, bias, threshold = (each.to(values.dtype).view(shape) for each in (self.weight, self.bias, self.threshold))
         squares = values.square()
         if input.ndim > 2:
             squares = squares.mean(tuple(range(2, input.ndim)), keepdim=True)
         eps = self.eps if self.learned_eps is None else self.eps + self.learned_eps.abs()
-        scale = (squares + eps).rsqrt() * self.weight.view(shape)
-        return torch.maximum(torch.addcmul(self.bias.view(shape), values, scale), self.threshold.view(shape)).to(input.dtype)
+        scaled = torch.addcmul(bias, values, (squares + eps).rsqrt() * weight)
+        return torch.maximum(scaled, threshold).to(input.dtype)
 
     @override
     def extra_repr(self) -> str:

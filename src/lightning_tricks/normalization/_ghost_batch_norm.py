@@ -17,7 +17,7 @@ from torch.nn.functional import batch_norm
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
-from lightning_tricks._core.checks import check_count
+from lightning_tricks._core.checks import check_count, check_in_interval
 
 __all__ = ["GhostBatchNorm1d", "GhostBatchNorm2d", "GhostBatchNorm3d"]
 
@@ -148,6 +148,9 @@ class _GhostBatchNorm(_BatchNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_count("num_features", num_features)
+        eps = check_in_interval("eps", eps, "(0, ∞)")
+        momentum = None if momentum is None else check_in_interval("momentum", momentum, "[0, 1]")
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         self.ghost_size = check_count("ghost_size", ghost_size)
 
@@ -189,17 +192,127 @@ class _GhostBatchNorm(_BatchNorm):
 
     @override
     def extra_repr(self) -> str:
-        features, _, rest = super().extra_repr().partition(", ")  # type: ignore[no-untyped-call]
-        return f"{features}, ghost_size={self.ghost_size}, {rest}"
+        options = f"eps={self.eps}, momentum={self.momentum}, affine={self.affine}, track_running_stats={self.track_running_stats}"
+        return f"{self.num_features}, ghost_size={self.ghost_size}, {options}"
 
 
 class GhostBatchNorm1d(_GhostBatchNorm, nn.BatchNorm1d):
-    """Normalize."""
+    """Normalize each ghost batch of features or sequences by its own mean and variance: ``y = (x − m_k) / √(v_k + ε) · γ + β``.
+
+    A batch of N samples, in order, is split into ``K = ⌈N / ghost_size⌉`` ghost batches whose sizes are equal or differ by one. Evaluation
+    computes as ``nn.BatchNorm1d``. Reach for it when batches grow larger than those that a network generalized well with.
+
+    Args:
+        num_features: The number of channels C, at least 1.
+        ghost_size: The most samples that are normalized together, at least 1, with at least two values per channel.
+        eps: Added to the variance, above 0 (ε).
+        momentum: Share of a batch in the running statistics, in [0, 1]; None = the mean over all batches.
+        affine: Whether there are a scale γ and a shift β for each channel.
+        track_running_stats: Whether running statistics are kept for evaluation, which otherwise computes as training does.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Shape:
+        - Input: (N, C) or (N, C, L)
+        - Output: as the input
+
+    Raises:
+        ArgumentError: If an argument lies outside its domain.
+
+    Note:
+        It is a ``nn.BatchNorm1d`` with the same keys, and computes the same where a batch is one ghost batch. A batch moves the running
+        statistics once, by `momentum`, towards its mean and the unbiased variance within its ghost batches. Under DDP each
+        process splits what it has. ``SyncBatchNorm.convert_sync_batchnorm`` would replace it. Contiguous tensors take about as long as in
+        plain batch normalization; with the channels last, ghost batches are copied side by side.
+
+    References:
+        - E. Hoffer, I. Hubara and D. Soudry, "Train longer, generalize better", NeurIPS, 2017. Differs from it in the running statistics,
+          to which it lets each ghost batch contribute in turn.
+
+    Example:
+        >>> norm = GhostBatchNorm1d(1, 2)
+        >>> [round(value, 3) for value in norm(torch.tensor([[1.0], [3.0], [10.0], [30.0]])).flatten().tolist()]
+        [-1.0, 1.0, -1.0, 1.0]
+    """
 
 
 class GhostBatchNorm2d(_GhostBatchNorm, nn.BatchNorm2d):
-    """Normalize."""
+    """Normalize each ghost batch of images by its own mean and variance: ``y = (x − m_k) / √(v_k + ε) · γ + β``.
+
+    A batch of N samples, in order, is split into ``K = ⌈N / ghost_size⌉`` ghost batches whose sizes are equal or differ by one. Evaluation
+    computes as ``nn.BatchNorm2d``. Reach for it when batches grow larger than those that a network generalized well with.
+
+    Args:
+        num_features: The number of channels C, at least 1.
+        ghost_size: The most samples that are normalized together, at least 1, with at least two values per channel.
+        eps: Added to the variance, above 0 (ε).
+        momentum: Share of a batch in the running statistics, in [0, 1]; None = the mean over all batches.
+        affine: Whether there are a scale γ and a shift β for each channel.
+        track_running_stats: Whether running statistics are kept for evaluation, which otherwise computes as training does.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Shape:
+        - Input: (N, C, H, W)
+        - Output: as the input
+
+    Raises:
+        ArgumentError: If an argument lies outside its domain.
+
+    Note:
+        It is a ``nn.BatchNorm2d`` with the same keys, and computes the same where a batch is one ghost batch. A batch moves the running
+        statistics once, by `momentum`, towards its mean and the unbiased variance within its ghost batches. Under DDP each
+        process splits what it has. ``SyncBatchNorm.convert_sync_batchnorm`` would replace it. Contiguous tensors take about as long as in
+        plain batch normalization; with the channels last, ghost batches are copied side by side.
+
+    References:
+        - E. Hoffer, I. Hubara and D. Soudry, "Train longer, generalize better", NeurIPS, 2017. Differs from it in the running statistics,
+          to which it lets each ghost batch contribute in turn.
+
+    Example:
+        >>> norm = GhostBatchNorm2d(8, 16)
+        >>> norm(torch.randn(40, 8, 4, 4)).shape
+        torch.Size([40, 8, 4, 4])
+        >>> norm
+        GhostBatchNorm2d(8, ghost_size=16, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+    """
 
 
 class GhostBatchNorm3d(_GhostBatchNorm, nn.BatchNorm3d):
-    """Normalize."""
+    """Normalize each ghost batch of volumes by its own mean and variance: ``y = (x − m_k) / √(v_k + ε) · γ + β``.
+
+    A batch of N samples, in order, is split into ``K = ⌈N / ghost_size⌉`` ghost batches whose sizes are equal or differ by one. Evaluation
+    computes as ``nn.BatchNorm3d``. Reach for it when batches grow larger than those that a network generalized well with.
+
+    Args:
+        num_features: The number of channels C, at least 1.
+        ghost_size: The most samples that are normalized together, at least 1, with at least two values per channel.
+        eps: Added to the variance, above 0 (ε).
+        momentum: Share of a batch in the running statistics, in [0, 1]; None = the mean over all batches.
+        affine: Whether there are a scale γ and a shift β for each channel.
+        track_running_stats: Whether running statistics are kept for evaluation, which otherwise computes as training does.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Shape:
+        - Input: (N, C, D, H, W)
+        - Output: as the input
+
+    Raises:
+        ArgumentError: If an argument lies outside its domain.
+
+    Note:
+        It is a ``nn.BatchNorm3d`` with the same keys, and computes the same where a batch is one ghost batch. A batch moves the running
+        statistics once, by `momentum`, towards its mean and the unbiased variance within its ghost batches. Under DDP each
+        process splits what it has. ``SyncBatchNorm.convert_sync_batchnorm`` would replace it. Contiguous tensors take about as long as in
+        plain batch normalization; with the channels last, ghost batches are copied side by side.
+
+    References:
+        - E. Hoffer, I. Hubara and D. Soudry, "Train longer, generalize better", NeurIPS, 2017. Differs from it in the running statistics,
+          to which it lets each ghost batch contribute in turn.
+
+    Example:
+        >>> norm = GhostBatchNorm3d(8, 2)
+        >>> norm(torch.randn(5, 8, 2, 4, 4)).shape
+        torch.Size([5, 8, 2, 4, 4])
+    """

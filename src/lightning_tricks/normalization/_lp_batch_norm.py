@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
-from lightning_tricks._core.checks import check_in_interval
+from lightning_tricks._core.checks import check_count, check_in_interval
 
 __all__ = ["LpBatchNorm1d", "LpBatchNorm2d", "LpBatchNorm3d"]
 
@@ -36,6 +36,9 @@ class _LpBatchNorm(_BatchNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_count("num_features", num_features)
+        eps = check_in_interval("eps", eps, "(0, ∞)")
+        momentum = None if momentum is None else check_in_interval("momentum", momentum, "[0, 1]")
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         self.p = check_in_interval("p", p, "[1, ∞)")
 
@@ -77,8 +80,8 @@ class _LpBatchNorm(_BatchNorm):
 
     @override
     def extra_repr(self) -> str:
-        features, _, rest = super().extra_repr().partition(", ")  # type: ignore[no-untyped-call]
-        return f"{features}, p={self.p}, {rest}"
+        options = f"eps={self.eps}, momentum={self.momentum}, affine={self.affine}, track_running_stats={self.track_running_stats}"
+        return f"{self.num_features}, p={self.p}, {options}"
 
 
 def _constant(p: float) -> float:
@@ -87,12 +90,107 @@ def _constant(p: float) -> float:
 
 
 class LpBatchNorm1d(_LpBatchNorm, nn.BatchNorm1d):
-    """Normalize."""
+    """Normalize features or sequences by p-th deviations: ``y = (x − m) / √(s² + ε) · γ + β``, ``s = C_p · mean(|x − m|^p)^(1/p)``.
+
+    In a normal distribution s is the standard deviation: ``C_1 = √(π/2)``, and ``C_2 = 1``, which is plain batch normalization.
+
+    Args:
+        num_features: The number of channels C, at least 1.
+        p: The power of deviations, at least 1.
+        eps: Added to the square of s, above 0 (ε).
+        momentum: Share of a batch in the running statistics, in [0, 1]; None = the mean over all batches.
+        affine: Whether there are a scale γ and a shift β for each channel.
+        track_running_stats: Whether running statistics are kept for evaluation, which otherwise computes as training does.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Shape:
+        - Input: (N, C) or (N, C, L)
+        - Output: as the input
+
+    Raises:
+        ArgumentError: If an argument lies outside its domain.
+
+    Note:
+        It is a ``nn.BatchNorm1d`` with the same keys; ``running_var`` averages ``s² · n / (n − 1)``, for n values per channel. It costs
+        more time than plain batch normalization, whose kernels compute variances only.
+
+    References:
+        - E. Hoffer, R. Banner, I. Golan and D. Soudry, "Norm matters", NeurIPS, 2018. Differs from it in where ε stands.
+
+    Example:
+        >>> norm = LpBatchNorm1d(1)
+        >>> [round(value, 3) for value in norm(torch.tensor([[-1.0], [-1.0], [2.0]])).flatten().tolist()]
+        [-0.598, -0.598, 1.197]
+    """
 
 
 class LpBatchNorm2d(_LpBatchNorm, nn.BatchNorm2d):
-    """Normalize."""
+    """Normalize images by p-th deviations: ``y = (x − m) / √(s² + ε) · γ + β``, ``s = C_p · mean(|x − m|^p)^(1/p)``.
+
+    In a normal distribution s is the standard deviation: ``C_1 = √(π/2)``, and ``C_2 = 1``, which is plain batch normalization.
+
+    Args:
+        num_features: The number of channels C, at least 1.
+        p: The power of deviations, at least 1.
+        eps: Added to the square of s, above 0 (ε).
+        momentum: Share of a batch in the running statistics, in [0, 1]; None = the mean over all batches.
+        affine: Whether there are a scale γ and a shift β for each channel.
+        track_running_stats: Whether running statistics are kept for evaluation, which otherwise computes as training does.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Shape:
+        - Input: (N, C, H, W)
+        - Output: as the input
+
+    Raises:
+        ArgumentError: If an argument lies outside its domain.
+
+    Note:
+        It is a ``nn.BatchNorm2d`` with the same keys; ``running_var`` averages ``s² · n / (n − 1)``, for n values per channel. It costs
+        more time than plain batch normalization, whose kernels compute variances only.
+
+    References:
+        - E. Hoffer, R. Banner, I. Golan and D. Soudry, "Norm matters", NeurIPS, 2018. Differs from it in where ε stands.
+
+    Example:
+        >>> x = torch.randn(4, 8, 2, 2)
+        >>> bool(torch.allclose(LpBatchNorm2d(8, p=2)(x), nn.BatchNorm2d(8)(x), atol=1e-5))
+        True
+    """
 
 
 class LpBatchNorm3d(_LpBatchNorm, nn.BatchNorm3d):
-    """Normalize."""
+    """Normalize volumes by p-th deviations: ``y = (x − m) / √(s² + ε) · γ + β``, ``s = C_p · mean(|x − m|^p)^(1/p)``.
+
+    In a normal distribution s is the standard deviation: ``C_1 = √(π/2)``, and ``C_2 = 1``, which is plain batch normalization.
+
+    Args:
+        num_features: The number of channels C, at least 1.
+        p: The power of deviations, at least 1.
+        eps: Added to the square of s, above 0 (ε).
+        momentum: Share of a batch in the running statistics, in [0, 1]; None = the mean over all batches.
+        affine: Whether there are a scale γ and a shift β for each channel.
+        track_running_stats: Whether running statistics are kept for evaluation, which otherwise computes as training does.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Shape:
+        - Input: (N, C, D, H, W)
+        - Output: as the input
+
+    Raises:
+        ArgumentError: If an argument lies outside its domain.
+
+    Note:
+        It is a ``nn.BatchNorm3d`` with the same keys; ``running_var`` averages ``s² · n / (n − 1)``, for n values per channel. It costs
+        more time than plain batch normalization, whose kernels compute variances only.
+
+    References:
+        - E. Hoffer, R. Banner, I. Golan and D. Soudry, "Norm matters", NeurIPS, 2018. Differs from it in where ε stands.
+
+    Example:
+        >>> LpBatchNorm3d(8, p=1.5)
+        LpBatchNorm3d(8, p=1.5, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+    """
