@@ -9,6 +9,7 @@ from torch import nn
 
 import lightning_tricks as lt
 from lightning_tricks import errors, functional, optim, schedules
+from lightning_tricks import nn as tricks_nn
 
 trainer = L.Trainer(
     callbacks=[
@@ -49,6 +50,22 @@ best: Path = soup.members[0]
 functional.decay_weights_(model.parameters(), 0.01, mode="l2")
 share: float = functional.ema_decay(3, 0.9, warmup=10)
 used: int = functional.refresh_batch_norm(nn.BatchNorm1d(2), [torch.randn(4, 2)], batches=1)
+layers: list[nn.Module] = [
+    tricks_nn.GhostBatchNorm1d(8, 16),
+    tricks_nn.GhostBatchNorm2d(8, ghost_size=16, eps=1e-3, momentum=None, affine=False, track_running_stats=False),
+    tricks_nn.LayerNorm2d(8, eps=1e-5, affine=False, device="cpu", dtype=torch.float64),
+    tricks_nn.RMSNorm2d(8),
+    tricks_nn.FilterResponseNorm(8, learnable_eps=True),
+    tricks_nn.LpBatchNorm3d(8, p=1.5),
+    tricks_nn.ScaledWSConv2d(8, 16, 3, padding="same", gamma="relu"),
+]
+plain_norm: nn.BatchNorm2d = tricks_nn.GhostBatchNorm2d(8, 16)
+normalized: torch.Tensor = tricks_nn.ScaledWSConv2d(8, 16, (3, 1), gamma=1.5).effective_weight()
+changed: tuple[str, ...] = functional.apply_weight_standardization(model, where=["body.*"], exclude="*.head", eps=1e-6).changed
+left: Mapping[str, str] = functional.apply_weight_normalization(model, 2.0, where="0").left
+functional.remove_weight_standardization(model, keep="function")
+functional.remove_weight_normalization(model)
+left = functional.insert_norm(model, "group", position="after", where="*.act", groups=8, inputs=torch.zeros(1, 2)).inserted
 every_schedule: list[schedules.Schedule] = [
     schedules.Constant(0.5, warmup=100),
     schedules.Linear(0.0, final=0.5, stop="50%"),
@@ -109,3 +126,6 @@ optim.AdamW(decayed=["weights"])  # type: ignore[list-item]
 optim.SAM("sgd")  # type: ignore[arg-type]
 optim.Lookahead(recipe, 5)  # type: ignore[call-arg]
 recipe.lr = 0.1  # type: ignore[attr-defined]
+tricks_nn.GhostBatchNorm2d(8, 16, 1e-3)  # type: ignore[call-arg]
+functional.insert_norm(model, "spectral")  # type: ignore[arg-type]
+functional.remove_weight_normalization(model, keep="both")  # type: ignore[arg-type]
