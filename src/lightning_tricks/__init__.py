@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from lightning_tricks import errors, functional, optim, schedules
+from lightning_tricks import errors, functional, nn, optim, schedules
 from lightning_tricks.averaging._ema import EMA
 from lightning_tricks.averaging._latest_weight_averaging import LatestWeightAveraging
 from lightning_tricks.averaging._polyak_averaging import PolyakAveraging
@@ -23,6 +23,7 @@ __all__ = [
     "WeightDecay",
     "errors",
     "functional",
+    "nn",
     "optim",
     "schedules",
 ]

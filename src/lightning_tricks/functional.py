@@ -7,22 +7,30 @@ from lightning_tricks.averaging._power_ema import power_ema_decay, power_ema_gam
 from lightning_tricks.averaging._snapshots import synthesize_ema
 from lightning_tricks.averaging._soup import Soup, greedy_soup, uniform_soup
 from lightning_tricks.normalization._batch_norm_refresh import refresh_batch_norm
+from lightning_tricks.normalization._insert_norm import insert_norm
+from lightning_tricks.normalization._weight_normalization import apply_weight_normalization, remove_weight_normalization
+from lightning_tricks.normalization._weight_standardization import apply_weight_standardization, remove_weight_standardization
 from lightning_tricks.optimization._decay import decay_weights_
 from lightning_tricks.stochastic._stochastic_depth import apply_stochastic_depth, remove_stochastic_depth
 
 __all__ = [
     "Soup",
     "apply_stochastic_depth",
+    "apply_weight_normalization",
+    "apply_weight_standardization",
     "averaged_state_dict",
     "decay_weights_",
     "ema_decay",
     "ema_update_",
     "greedy_soup",
+    "insert_norm",
     "power_ema_decay",
     "power_ema_gamma",
     "power_ema_sigma_rel",
     "refresh_batch_norm",
     "remove_stochastic_depth",
+    "remove_weight_normalization",
+    "remove_weight_standardization",
     "synthesize_ema",
     "uniform_soup",
     "using_weights",
