@@ -19,6 +19,8 @@ trainer = L.Trainer(
         lt.OptimizerFactory(optim.SGD(lr=0.1, momentum=0.9), schedule=schedules.Cosine(warmup="5%"), name="slow"),
         lt.BatchNormRefresh(20, on="validation", where=["body.*"], exclude="*.bn1", name="slow"),
         lt.WeightDecay(0.01),
+        lt.NormSwap("batch", "group", where=["body.*"], exclude="stem", groups="16 channels", calibrate=4, name="slow"),
+        lt.NormSwap("layer", "ghost", ghost_size=16),
         lt.StochasticDepth(0.1),
         lt.StochasticDepth(
             schedules.Linear(0.1, final=0.2), where=["layer*.?"], exclude="head", mode="batch", growth="uniform", name="slow"
@@ -49,6 +51,8 @@ best: Path = soup.members[0]
 functional.decay_weights_(model.parameters(), 0.01, mode="l2")
 share: float = functional.ema_decay(3, 0.9, warmup=10)
 used: int = functional.refresh_batch_norm(nn.BatchNorm1d(2), [torch.randn(4, 2)], batches=1)
+notices: Mapping[str, str] = functional.swap_norm(model, "batch", "frozen", calibrate=[torch.zeros(2, 2)], forward=model).notices
+loaded: L.LightningModule = lt.load_from_checkpoint(L.LightningModule, Path("run.ckpt"), map_location="cpu")
 every_schedule: list[schedules.Schedule] = [
     schedules.Constant(0.5, warmup=100),
     schedules.Linear(0.0, final=0.5, stop="50%"),
@@ -100,6 +104,8 @@ lt.LatestWeightAveraging(5, "1 epoch")  # type: ignore[call-arg]
 posthoc.synthesize(0.1, 1000)  # type: ignore[call-arg]
 lt.PostHocEMA(sigma_rel=0.1)  # type: ignore[arg-type]
 lt.StochasticDepth(0.1, mode="row")  # type: ignore[arg-type]
+lt.NormSwap("batch", "grp")  # type: ignore[arg-type]
+lt.NormSwap("batch", "group", 16)  # type: ignore[call-arg, arg-type]
 lt.WeightDecay(0.1, mode="l3")  # type: ignore[arg-type]
 lt.WeightDecay(0.1, skip="biases")  # type: ignore[arg-type]
 lt.WeightDecay(0.1, "l2")  # type: ignore[call-arg]
