@@ -38,8 +38,8 @@ class _Split(NamedTuple):
     @classmethod
     def make(cls, samples: int, count: int) -> _Split:
         """Make so many ghost batches of so many samples."""
-        size, larger = divmod(samples, count)
-        return cls(larger, count - larger, size)
+        larger = samples % count
+        return cls(larger, count - larger, samples // count)
 
     def evenly(self, samples: Tensor) -> list[tuple[Tensor, int]]:
         """Return samples that make up ghost batches of one size, and the number of those."""
@@ -63,15 +63,16 @@ def _join(parts: list[Tensor]) -> Tensor:
 
 
 def _normalize(x: Tensor, weight: Tensor, bias: Tensor, split: _Split, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalize ``(N, C, L)``, and return the mean and variance of each ghost batch too, of shape ``(K, C)``.
+    """Normalize ``(N, C, *)``, and return the mean and variance of each ghost batch too, of shape ``(K, C)``.
 
     Ghost batches of one size lie side by side as further channels of plain batch normalization.
     """
     rows = x.is_contiguous()
-    x = x if rows else x.transpose(1, 2)
-    parts = [_normalize_evenly(part, weight, bias, count, eps, rows=rows) for part, count in split.evenly(x)]
+    samples = x.reshape(*x.shape[:2], -1)
+    samples = samples if rows else samples.transpose(1, 2)
+    parts = [_normalize_evenly(part, weight, bias, count, eps, rows=rows) for part, count in split.evenly(samples)]
     y, mean, variance = (_join(list(each)) for each in zip(*parts, strict=True))
-    return y if rows else y.transpose(1, 2), mean, variance
+    return (y if rows else y.transpose(1, 2)).view(x.shape), mean, variance
 
 
 def _normalize_evenly(x: Tensor, weight: Tensor, bias: Tensor, count: int, eps: float, *, rows: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,8 +95,8 @@ class _NormalizeRows(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor, split: _Split, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        samples, channels, length = x.shape
-        rows = x.view(1, samples * channels, length)
+        samples, channels = x.shape[:2]
+        rows = x.view(1, samples * channels, -1)
         precise, as_well = weight.new_zeros(2, samples * channels)  # in whose precision moments are returned
         means, variances = (each.view(samples, channels) for each in torch.batch_norm_update_stats(rows, precise, as_well, 0.0))
         mean = split.pool(means)
@@ -103,7 +104,7 @@ class _NormalizeRows(torch.autograd.Function):
         variance = split.pool(variances + (means - mean_of_rows).square())
         applied = mean_of_rows.view(-1), split.spread(variance).view(-1)
         y = batch_norm(rows, *applied, weight.repeat(samples), bias.repeat(samples), False, 0.0, eps)
-        return y.view_as(x), mean, variance
+        return y.resize_(x.shape), mean, variance  # a view could not be changed in place by an activation behind
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -119,8 +120,9 @@ class _NormalizeRows(torch.autograd.Function):
         if torch.is_grad_enabled():  # somebody will differentiate again
             y, _, _ = _normalize(x, weight, bias, split, eps)
             return *torch.autograd.grad(y, (x, weight, bias), dy, create_graph=True), None, None
-        samples, channels, length = x.shape
-        rows = x.view(1, samples * channels, length)
+        samples, channels = x.shape[:2]
+        rows = x.view(1, samples * channels, -1)
+        length = rows.shape[2]
         applied = weight.repeat(samples), split.spread(mean).view(-1), split.spread(variance).view(-1)
         partial, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(  # as if mean and variance were constants
             dy.reshape(rows.shape).contiguous(), rows, *applied, None, None, False, eps, [True] * 3
@@ -129,8 +131,8 @@ class _NormalizeRows(torch.autograd.Function):
         inverse = (variance + eps).rsqrt()
         by_x = -weight * inverse.square() * split.pool(d_weight) / length
         constant = -weight * inverse * split.pool(d_bias) / length - by_x * mean
-        dx = partial.view_as(x).addcmul_(x, split.spread(by_x)[..., None].to(x.dtype)).add_(split.spread(constant)[..., None])
-        return dx, d_weight.sum(0), d_bias.sum(0), None, None
+        dx = partial.addcmul_(rows, split.spread(by_x).view(-1, 1).to(x.dtype)).add_(split.spread(constant).view(-1, 1))
+        return dx.view_as(x), d_weight.sum(0), d_bias.sum(0), None, None
 
 
 class _GhostBatchNorm(_BatchNorm):
@@ -160,16 +162,17 @@ class _GhostBatchNorm(_BatchNorm):
         count = self._count(input) if self.training or self.running_mean is None else 1
         if count == 1:
             return super().forward(input)
-        x = input.flatten(2) if input.ndim > 2 else input.unsqueeze(2)
-        precision = torch.promote_types(x.dtype, torch.float32)
-        weight = torch.ones(self.num_features, dtype=precision, device=x.device) if self.weight is None else self.weight.to(precision)
+        precision = torch.promote_types(input.dtype, torch.float32)
+        weight = torch.ones(self.num_features, dtype=precision, device=input.device) if self.weight is None else self.weight.to(precision)
         bias = torch.zeros_like(weight) if self.bias is None else self.bias.to(precision)
-        in_rows = x.is_contiguous() and x.shape[2] > 1 and not torch.compiler.is_compiling()
-        split = _Split.make(len(x), count)
-        y, mean, variance = (_NormalizeRows.apply if in_rows else _normalize)(x, weight, bias, split, self.eps)
+        length = input[0, 0].numel()
+        in_rows = input.is_contiguous() and length > 1 and not torch.compiler.is_compiling()
+        split = _Split.make(len(input), count)
+        y: Tensor
+        y, mean, variance = (_NormalizeRows.apply if in_rows else _normalize)(input, weight, bias, split, self.eps)
         if self.training and self.track_running_stats:
-            self._track(split, mean, variance, x.shape[2])
-        return y.view_as(input)
+            self._track(split, mean, variance, length)
+        return y
 
     def _count(self, x: Tensor) -> int:
         """Return the number of ghost batches, such that each has at least two values per channel."""

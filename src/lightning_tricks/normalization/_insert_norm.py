@@ -152,9 +152,7 @@ class _Walk:
 
     def __init__(self) -> None:
         self.places: dict[nn.Module, _Place | str] = {}
-        self._layer: nn.Module | None = None  # the latest with weights
-        self._normalized = False  # whether a norm came after it
-        self._known = True  # whether nothing unknown came after it
+        self._forget()
 
     @classmethod
     def of_sequences(cls, model: nn.Module) -> dict[nn.Module, _Place | str]:
@@ -185,6 +183,11 @@ class _Walk:
                 module.training = mode
         return walk.places
 
+    def _forget(self) -> None:
+        self._layer: nn.Module | None = None  # the latest with weights
+        self._normalized = False  # whether a norm came after it
+        self._known = True  # whether nothing unknown came after it
+
     def _enter(self, module: nn.Module) -> None:
         if isinstance(module, nn.Sequential):
             for child in module:
@@ -193,9 +196,9 @@ class _Walk:
             self._pass(module, None)
         else:
             for child in module.children():
-                self._layer = None
+                self._forget()
                 self._enter(child)
-            self._layer = None
+            self._forget()
 
     def _see(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         self._pass(module, inputs[0] if inputs and isinstance(inputs[0], Tensor) else None, seen=True)
@@ -231,7 +234,10 @@ class _Walk:
 def _make(kind: Kind, place: _Place, groups: int, ghost_size: int) -> nn.Module | str:
     """Return the layer for a place, or why there is none."""
     channels, ndim, _ = place
-    over_channels = {"layer": (nn.LayerNorm, LayerNorm2d), "rms": (nn.RMSNorm, RMSNorm2d)}
+    over_channels: dict[str, tuple[Callable[[int], nn.Module], ...]] = {
+        "layer": (nn.LayerNorm, LayerNorm2d),
+        "rms": (nn.RMSNorm, RMSNorm2d),
+    }
     if kind in over_channels:
         return over_channels[kind][ndim > 2](channels)
     if ndim == 0:

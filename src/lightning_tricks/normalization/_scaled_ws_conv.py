@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_tricks._core.checks import check_choice, check_in_interval
+from lightning_tricks.errors import ArgumentError
 from lightning_tricks.normalization._weight_surgery import fan_in
 
 __all__ = ["ScaledWSConv2d"]
@@ -100,6 +101,9 @@ class ScaledWSConv2d(nn.Conv2d):
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device=device, dtype=dtype
         )
+        if fan_in(self) < 2:
+            msg = f"ScaledWSConv2d needs at least two weights in each filter, got {fan_in(self)}. Take fewer `groups` or a larger kernel."
+            raise ArgumentError(msg)
         if isinstance(gamma, str):
             gamma = GAMMAS[check_choice("gamma", gamma, tuple(GAMMAS))]
         self.gamma = float(check_in_interval("gamma", gamma, "(0, ∞)"))
@@ -116,7 +120,7 @@ class ScaledWSConv2d(nn.Conv2d):
 
     @override
     def forward(self, input: Tensor) -> Tensor:
-        output: Tensor = self._conv_forward(input, self.effective_weight(), self.bias)  # type: ignore[no-untyped-call]
+        output: Tensor = self._conv_forward(input, self.effective_weight(), self.bias)
         return output
 
     @override
