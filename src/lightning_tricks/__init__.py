@@ -3,11 +3,13 @@
 from importlib.metadata import version
 
 from lightning_tricks import errors, functional, nn, optim, schedules
+from lightning_tricks._loading import load_from_checkpoint
 from lightning_tricks.averaging._ema import EMA
 from lightning_tricks.averaging._latest_weight_averaging import LatestWeightAveraging
 from lightning_tricks.averaging._polyak_averaging import PolyakAveraging
 from lightning_tricks.averaging._post_hoc_ema import PostHocEMA
 from lightning_tricks.normalization._batch_norm_refresh import BatchNormRefresh
+from lightning_tricks.normalization._norm_swap import NormSwap
 from lightning_tricks.optimization._optimizer_factory import OptimizerFactory
 from lightning_tricks.optimization._weight_decay import WeightDecay
 from lightning_tricks.stochastic._stochastic_depth import StochasticDepth
@@ -16,6 +18,7 @@ __all__ = [
     "EMA",
     "BatchNormRefresh",
     "LatestWeightAveraging",
+    "NormSwap",
     "OptimizerFactory",
     "PolyakAveraging",
     "PostHocEMA",
@@ -23,6 +26,7 @@ __all__ = [
     "WeightDecay",
     "errors",
     "functional",
+    "load_from_checkpoint",
     "nn",
     "optim",
     "schedules",

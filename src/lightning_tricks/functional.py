@@ -8,6 +8,7 @@ from lightning_tricks.averaging._snapshots import synthesize_ema
 from lightning_tricks.averaging._soup import Soup, greedy_soup, uniform_soup
 from lightning_tricks.normalization._batch_norm_refresh import refresh_batch_norm
 from lightning_tricks.normalization._insert_norm import insert_norm
+from lightning_tricks.normalization._norm_swap import swap_norm
 from lightning_tricks.normalization._weight_normalization import apply_weight_normalization, remove_weight_normalization
 from lightning_tricks.normalization._weight_standardization import apply_weight_standardization, remove_weight_standardization
 from lightning_tricks.optimization._decay import decay_weights_
@@ -31,6 +32,7 @@ __all__ = [
     "remove_stochastic_depth",
     "remove_weight_normalization",
     "remove_weight_standardization",
+    "swap_norm",
     "synthesize_ema",
     "uniform_soup",
     "using_weights",

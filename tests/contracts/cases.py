@@ -280,4 +280,43 @@ CASES = [
             "tensor parallel": "the model of that check has no residual block",
         },
     ),
+    Case(
+        lt.NormSwap,
+        acting={"source": "layer", "target": "rms"},
+        neutral={"source": "layer", "target": "layer"},
+        wrong=(
+            ({"source": "norm"}, "`source` must be one of 'batch', 'layer', 'group', 'instance', 'rms', 'ghost', 'sync', 'frozen'"),
+            ({"source": "none", "target": "batch"}, "got 'none'"),
+            *(
+                ({"source": "batch", **arguments}, words)
+                for arguments, words in (
+                    ({"target": "norm"}, "'response', 'none', got 'norm'"),
+                    ({"target": "group", "groups": 0}, "`groups` must be a number of groups of at least 1, or the size of each as a text"),
+                    ({"target": "group", "groups": "0 channels"}, "got '0 channels'"),
+                    ({"target": "group", "groups": True}, "got True"),
+                    ({"target": "layer", "groups": 4}, "`groups` is for `target='group'`, got groups=4 with target='layer'. Leave it out."),
+                    ({"target": "group", "ghost_size": 4}, "`ghost_size` is for `target='ghost'`"),
+                    ({"target": "ghost", "ghost_size": 0}, "`ghost_size` must be a whole number of at least 1, got 0."),
+                    ({"target": "layer", "where": ""}, "`where` must be a glob over qualified names"),
+                    ({"target": "layer", "exclude": [None]}, "`exclude` must be a glob"),
+                    ({"target": "layer", "calibrate": 0}, "`calibrate` must be a whole number of at least 1, got 0."),
+                    ({"target": "layer", "calibrate": "all"}, "got 'all'"),
+                    ({"target": "layer", "name": "two words"}, "`name` must be a word"),
+                )
+            ),
+        ),
+        nothing_matched=(
+            ({"where": "head"}, "`where='head'` matched none of ResidualNet's 2. Their names look like 'blocks.0.branch.0'"),
+            ({"exclude": "*"}, "`exclude='*'` removed all 2"),
+            ({"source": "group"}, "ResidualNet has none. It has 'batch' ×1 such as 'body.1', 'layer' ×2 such as 'blocks.0.branch.0'"),
+        ),
+        model=ResidualNet,
+        skips={
+            "keys": "layers of another kind have other parameters and statistics, which the checkpoint records",
+            "lends": "layers of another kind change the weights themselves, and evaluations see what was trained",
+            "pooled": "statistics of normalization layers are left to training",
+            "remove": "a swap stays, since the weights that are trained are those of the new layers",
+            "tensor parallel": "the model of that check has no normalization layer",
+        },
+    ),
 ]

@@ -20,6 +20,8 @@ trainer = L.Trainer(
         lt.OptimizerFactory(optim.SGD(lr=0.1, momentum=0.9), schedule=schedules.Cosine(warmup="5%"), name="slow"),
         lt.BatchNormRefresh(20, on="validation", where=["body.*"], exclude="*.bn1", name="slow"),
         lt.WeightDecay(0.01),
+        lt.NormSwap("batch", "group", where=["body.*"], exclude="stem", groups="16 channels", calibrate=4, name="slow"),
+        lt.NormSwap("layer", "ghost", ghost_size=16),
         lt.StochasticDepth(0.1),
         lt.StochasticDepth(
             schedules.Linear(0.1, final=0.2), where=["layer*.?"], exclude="head", mode="batch", growth="uniform", name="slow"
@@ -66,6 +68,8 @@ left: Mapping[str, str] = functional.apply_weight_normalization(model, 2.0, wher
 functional.remove_weight_standardization(model, keep="function")
 functional.remove_weight_normalization(model)
 left = functional.insert_norm(model, "group", position="after", where="*.act", groups=8, inputs=torch.zeros(1, 2)).inserted
+notices: Mapping[str, str] = functional.swap_norm(model, "batch", "frozen", calibrate=[torch.zeros(2, 2)], forward=model).notices
+loaded: L.LightningModule = lt.load_from_checkpoint(L.LightningModule, Path("run.ckpt"), map_location="cpu")
 every_schedule: list[schedules.Schedule] = [
     schedules.Constant(0.5, warmup=100),
     schedules.Linear(0.0, final=0.5, stop="50%"),
@@ -117,6 +121,8 @@ lt.LatestWeightAveraging(5, "1 epoch")  # type: ignore[call-arg]
 posthoc.synthesize(0.1, 1000)  # type: ignore[call-arg]
 lt.PostHocEMA(sigma_rel=0.1)  # type: ignore[arg-type]
 lt.StochasticDepth(0.1, mode="row")  # type: ignore[arg-type]
+lt.NormSwap("batch", "grp")  # type: ignore[arg-type]
+lt.NormSwap("batch", "group", 16)  # type: ignore[call-arg, arg-type]
 lt.WeightDecay(0.1, mode="l3")  # type: ignore[arg-type]
 lt.WeightDecay(0.1, skip="biases")  # type: ignore[arg-type]
 lt.WeightDecay(0.1, "l2")  # type: ignore[call-arg]

@@ -33,6 +33,7 @@ __all__ = [
     "callbacks_of",
     "defines",
     "is_averaging_callback",
+    "is_lightning_module_class",
     "is_progress_bar",
     "is_pruning_callback",
     "is_rate_finder",
@@ -123,6 +124,11 @@ def is_progress_bar(callback: object) -> bool:
 def is_rate_finder(callback: object) -> bool:
     """Tell whether a callback is Lightning's own that searches for a learning rate, and sets it, before a fit."""
     return isinstance(callback, _RATE_FINDING)
+
+
+def is_lightning_module_class(kind: type) -> bool:
+    """Tell whether a class is one of LightningModules, of whichever Lightning."""
+    return issubclass(kind, _MODULES)
 
 
 def scheduled_accumulation(trainer: Trainer) -> dict[int, int]:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_tricks._core.lightning import LightningModule, Trainer, isolate_rng
+from lightning_tricks._core.lightning import LightningModule, Trainer, defines, isolate_rng
+from lightning_tricks._core.strategies import through_wrapper
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-__all__ = ["move_batch", "training_pass", "untouched", "untouched_generators"]
+__all__ = ["evaluate_batch", "move_batch", "training_pass", "untouched", "untouched_generators"]
 
 
 @contextmanager
@@ -78,3 +79,13 @@ def move_batch(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
     """Bring a batch to the device through the module's hooks, as the training loop does."""
     batch = module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def evaluate_batch(trainer: Trainer, module: LightningModule, batch: Any, index: int) -> None:
+    """Let a module compute its output for a batch as it does in evaluation: by `predict_step` if it defines that, or by `forward`."""
+    batch = move_batch(trainer, module, batch)
+    with trainer.precision_plugin.forward_context():
+        if defines(module, "predict_step"):
+            through_wrapper(trainer, "predict_step")(batch, index)
+        else:
+            through_wrapper(trainer, "forward")(batch[0] if isinstance(batch, tuple | list) else batch)

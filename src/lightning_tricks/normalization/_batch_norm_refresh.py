@@ -24,14 +24,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_tricks._core.checkpoint import check_tensors, read_entry, write_entry
 from lightning_tricks._core.checks import check_choice, check_patterns
 from lightning_tricks._core.lightning import STEP_OUTPUT, LightningModule, Trainer, defines, override
-from lightning_tricks._core.loaders import move_batch, training_pass, untouched
+from lightning_tricks._core.loaders import evaluate_batch, training_pass, untouched
 from lightning_tricks._core.selection import matches
-from lightning_tricks._core.strategies import plain_name, through_wrapper
+from lightning_tricks._core.strategies import plain_name
 from lightning_tricks._core.surgery import Patches
 from lightning_tricks._core.swapping import settle_weights
 from lightning_tricks._core.trick import Trick
 from lightning_tricks.errors import ArgumentError, NothingMatchedError
-from lightning_tricks.normalization._statistics import measure_statistics
+from lightning_tricks.normalization._statistics import call_model, measure_statistics
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -89,7 +89,7 @@ def refresh_batch_norm(
     if model.training:
         norms = _thawed(norms, {name for name, norm in norms.items() if not norm.training}, trick="refresh_batch_norm")
     with untouched([loader]):
-        statistics, used = measure_statistics(model, norms, islice(iter(loader), batches), forward or partial(_call, model))
+        statistics, used = measure_statistics(model, norms, islice(iter(loader), batches), forward or partial(call_model, model))
     for name, values in statistics.items():
         _write(norms[name], *values)
     return used
@@ -99,12 +99,6 @@ def _check_batches(batches: Any, otherwise: str) -> None:
     if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
         msg = f"`batches` must be a positive number of batches, or {otherwise} for all, got {batches!r}."
         raise ArgumentError(msg)
-
-
-def _call(model: nn.Module, batch: Any) -> None:
-    values = batch[0] if isinstance(batch, tuple | list) else batch
-    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), None)
-    model(values.to(device) if isinstance(values, Tensor) else values)
 
 
 def _select(model: nn.Module, where: str | Sequence[str], exclude: str | Sequence[str], *, trick: str) -> dict[str, _BatchNorm]:
@@ -294,7 +288,7 @@ class BatchNormRefresh(Trick):
         norms = _thawed(self._select(module), self._frozen, trick=repr(self))
         index = count()
         with training_pass(trainer, None if self.batches == "all" else self.batches) as batches:
-            statistics, used = measure_statistics(module, norms, batches, lambda batch: self._forward(trainer, module, batch, next(index)))
+            statistics, used = measure_statistics(module, norms, batches, lambda batch: evaluate_batch(trainer, module, batch, next(index)))
         raw = _statistics(module, statistics)
         for name, values in statistics.items():
             _write(norms[name], *values)
@@ -305,14 +299,6 @@ class BatchNormRefresh(Trick):
         quantities = {f"{self.log_prefix}/batches": float(used), f"{self.log_prefix}/mean_shift": shifts.square().mean().sqrt().item()}
         for logger in trainer.loggers:
             logger.log_metrics(quantities, step=trainer.global_step)
-
-    def _forward(self, trainer: Trainer, module: LightningModule, batch: Any, index: int) -> None:
-        batch = move_batch(trainer, module, batch)
-        with trainer.precision_plugin.forward_context():
-            if defines(module, "predict_step"):
-                through_wrapper(trainer, "predict_step")(batch, index)
-            else:
-                through_wrapper(trainer, "forward")(batch[0] if isinstance(batch, tuple | list) else batch)
 
     def _give_back(self) -> None:
         """Let the module hold the statistics of training again."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["Moments", "measure_statistics"]
+__all__ = ["Moments", "call_model", "measure_statistics", "pool_moments"]
 
 _PIECE = 1 << 22  # values converted to float64 at once
 _PATIENCE = 30.0  # seconds between reports of progress
@@ -35,11 +35,10 @@ class Moments:
     count: int = 0
 
     @classmethod
-    def of(cls, norm: _BatchNorm) -> Moments:
+    def of(cls, channels: int, device: torch.device) -> Moments:
         """Return those of nothing."""
-        assert norm.running_mean is not None
-        device = "cpu" if norm.running_mean.device.type == "mps" else norm.running_mean.device  # MPS has no float64
-        mean, deviations = torch.zeros(2, norm.num_features, dtype=torch.float64, device=device)
+        device = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
+        mean, deviations = torch.zeros(2, channels, dtype=torch.float64, device=device)
         return cls(mean, deviations)
 
     def add(self, values: Tensor) -> None:
@@ -70,7 +69,7 @@ def measure_statistics(
     model: nn.Module, norms: Mapping[str, _BatchNorm], batches: Iterator[Any], forward: Callable[[Any], Any]
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], int]:
     """Return mean and variance of the inputs of each layer that was reached, and the number of batches. The model is as before."""
-    moments, used, reported = {name: Moments.of(norm) for name, norm in norms.items()}, 0, time.monotonic()
+    moments, used, reported = {name: _of_nothing(norm) for name, norm in norms.items()}, 0, time.monotonic()
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"), _recording(model, norms, moments):  # compiled code has no hooks
             for batch in batches:
@@ -81,7 +80,7 @@ def measure_statistics(
                     rank_zero_info(f"BatchNorm statistics: {used} batches measured.")
     finally:
         return_to_shards(model)
-    used = _pool(list(moments.values()), used)
+    used = pool_moments(list(moments.values()), used)
     if not used:
         msg = "BatchNorm statistics need at least one batch, and the loader gave none. Give a loader that can be iterated anew."
         raise ArgumentError(msg)
@@ -93,6 +92,11 @@ def measure_statistics(
         )
         raise TrickError(msg)
     return reached, used
+
+
+def _of_nothing(norm: _BatchNorm) -> Moments:
+    assert norm.running_mean is not None
+    return Moments.of(norm.num_features, norm.running_mean.device)
 
 
 @contextmanager
@@ -131,7 +135,7 @@ def _recording(model: nn.Module, norms: Mapping[str, _BatchNorm], moments: Mappi
             buffer.copy_(value)
 
 
-def _pool(moments: list[Moments], used: int) -> int:
+def pool_moments(moments: list[Moments], used: int) -> int:
     """Merge the moments of all ranks, in the same order on each, and return the number of batches of all."""
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
         return used
@@ -146,3 +150,10 @@ def _pool(moments: list[Moments], used: int) -> int:
             mean, deviations = part[2:].chunk(2)
             each.merge(int(part[1].item()), mean, deviations)
     return int(sum(rank[0].item() for rank in everyone))
+
+
+def call_model(model: nn.Module, batch: Any) -> None:
+    """Call a model with a batch, or with its first element if it is a tuple or a list, on the model's device."""
+    values = batch[0] if isinstance(batch, tuple | list) else batch
+    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), None)
+    model(values.to(device) if isinstance(values, Tensor) else values)
