@@ -37,7 +37,7 @@ HEADINGS = [
     "Where it acts",
     "References",
 ]
-HOMES = (lt, lt.functional, lt.optim, lt.errors, lt.schedules)
+HOMES = (lt, lt.functional, lt.nn, lt.optim, lt.errors, lt.schedules)
 PUBLIC = {f"{home.__name__}.{name}": getattr(home, name) for home in HOMES for name in home.__all__}
 CALLBACKS = {name: value for name, value in PUBLIC.items() if inspect.isclass(value) and issubclass(value, Trick)}
 EXEMPT = (Exception,)  # an error's example is where it is raised
@@ -228,7 +228,9 @@ def test_pages_build_and_the_index_has_every_public_name(tmp_path):
 
 
 def public_methods(callback: type) -> set[str]:
-    """Return the methods that users call: those that Lightning's Callback does not have, beyond what every trick has."""
-    return {
-        name for name, value in inspect.getmembers(callback, inspect.isfunction) if not name.startswith("_") and not hasattr(Trick, name)
+    """Return the methods that users call: those that Lightning's Callback does not have, beyond what bases have or ask for."""
+    asked = {name for base in callback.__mro__ for name, value in vars(base).items() if getattr(value, "__isabstractmethod__", False)}
+    methods = {
+        name for name, _ in inspect.getmembers(callback, inspect.isfunction) if not name.startswith("_") and not hasattr(Trick, name)
     }
+    return methods - asked
