@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import shlex
+import sys
 import time
 from importlib import import_module
 from importlib.util import find_spec
@@ -71,21 +72,26 @@ def candidates() -> dict[str, dict[str, nn.Module]]:
 
 def main() -> None:
     """Measure, print and write down."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true")
-    quick = parser.parse_args().quick
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, help="rounds that count; default: 15")
+    parser.add_argument("--warmup", type=int, default=1, help="rounds before them; default: 1")
+    parser.add_argument("--output", type=Path, help="where to write; gives PATH.json and PATH.md")
+    parser.add_argument("--quick", action="store_true", help="one round of small maps, unless told otherwise")
+    args = parser.parse_args()
+    rounds, shape = (1, (2, 64, 14, 14)) if args.quick else (15, (8, 64, 56, 56))
+    rounds = args.repeats or rounds
+    output = args.output or (None if args.quick else Path(__file__).with_name("results") / "noise")
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    rounds, shape = (1, (2, 64, 14, 14)) if quick else (15, (8, 64, 56, 56))
     x = torch.randn(shape)
     times: dict[str, dict[str, list[float]]] = {}
     body = [f"Feature maps of {'×'.join(map(str, shape))}, medians of {rounds} rounds."]
     for title, layers in candidates().items():
         found = times[title] = {what: [] for what in layers}
-        for number in range(rounds + 1):
+        for number in range(args.warmup + rounds):
             for what, layer in layers.items():
                 milliseconds = run(layer, x)
-                if number:  # the first round warms up
+                if number >= args.warmup:
                     found[what].append(milliseconds)
         plain = next(iter(found.values()))
         rows = [
@@ -94,10 +100,9 @@ def main() -> None:
         ]
         show(title, HEADER, rows)
         body += [f"## {title}", markdown(HEADER, rows)]
-    if not quick:
-        command = shlex.join(["python", "benchmarks/noise.py"])
-        path = Path(__file__).with_name("results") / "noise"
-        write(path, "Noise, blocks and regions", environment(command, "torch", "torchvision", device="cpu"), {"times": times}, body)
+    if output is not None:
+        command = shlex.join(["python", "benchmarks/noise.py", *sys.argv[1:]])
+        write(output, "Noise, blocks and regions", environment(command, "torch", "torchvision", device="cpu"), {"times": times}, body)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def test_borders_reach_from_end_to_end_in_the_two_next_whole_steps(mode, reach, 
 
 
 def test_random_steps_come_in_every_order_equally_often():
-    draws = 6000
+    draws = 2400
     steps = torch.stack([borders(key, 6, 4, mode="random").diff() for key in keys(draws)])  # two ones and two twos
     orders, counts = steps.unique(dim=0, return_counts=True)
     assert len(orders) == 6
@@ -139,6 +139,18 @@ def test_a_module_draws_the_same_where_activation_checkpointing_repeats_it(reent
         gradients.append(leaf.grad)
         assert twin.draws == pool.draws + 1
     assert torch.equal(*gradients)
+
+
+@pytest.mark.full
+def test_a_module_compiles_whole_and_once():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    pool, x = lt.nn.FractionalMaxPool2d(1.4), torch.randn(1, 2, 14, 14)
+    twin = copy.deepcopy(pool)
+    compiled = torch.compile(twin, backend="aot_eager", fullgraph=True)
+    for _ in range(3):
+        assert torch.equal(compiled(x), pool(x))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_modules_refuse_what_they_cannot_pool():

@@ -86,7 +86,7 @@ def apply_fractional_max_pool(
     if example is not None:
         try:
             check_fit(model, example)
-        except TrickError:
+        except BaseException:
             remove_fractional_max_pool(model)
             raise
     if samples > 1:

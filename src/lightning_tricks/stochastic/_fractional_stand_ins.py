@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from lightning_tricks._core.strategies import plain_name
 from lightning_tricks._core.surgery import StandIn, stand_ins
@@ -149,8 +149,8 @@ def watch(model: nn.Module) -> list[Watch]:
     pools = stand_ins(model, Pooling)
     named = ((plain_name(name) or type(model).__name__, module) for name, module in model.named_modules())
     watches = [Watch(module, name, pools) for name, module in named if not isinstance(module, torch.jit.ScriptModule)]
-    for watch in watches:
-        watch.attach()
+    for each in watches:
+        each.attach()
     return watches
 
 
@@ -160,4 +160,4 @@ def check_fit(model: nn.Module, example: Any) -> None:
     watch(twin)
     inputs = example if isinstance(example, tuple) else (example,)
     with torch.no_grad():
-        twin(*(each.to("meta") if isinstance(each, Tensor) else each for each in inputs))
+        twin(*tree_map_only(Tensor, lambda tensor: tensor.to("meta"), inputs))
