@@ -87,6 +87,17 @@ def test_evaluation_is_the_plain_network_and_frozen_parts_stay_undisturbed():
     assert not torch.equal(model(x), plain)
 
 
+def test_modules_are_disturbed_independently_of_each_other():
+    model = nn.Sequential(nn.Identity(), nn.Identity())
+    apply_feature_noise(model, 1.0, where=["0", "1"])
+    x = torch.zeros(1000)
+    clock = stand_ins(model, Drawing)[0].clock
+    first, second = (module(x) for module in model)
+    assert abs((first * second).mean()) < 5 / 1000**0.5
+    clock.tick()
+    assert abs((first * model[0](x)).mean()) < 5 / 1000**0.5
+
+
 def test_of_several_tensors_the_first_of_floats_is_disturbed():
     model = nn.Sequential(nn.LSTM(3, 4, batch_first=True))
     x = torch.randn(2, 5, 3)

@@ -151,8 +151,9 @@ class _Noise(Drawing):
 
 def _deviation(x: Tensor) -> Tensor:
     """Return the standard deviation within each sample, through which no gradient flows."""
-    deviation = x.detach().flatten(1).float() if x.element_size() < 4 else x.detach().flatten(1)
-    return deviation.std(1, correction=0).to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+    rows = x.detach().flatten(1)
+    deviation = (rows.float() if x.element_size() < 4 else rows).std(1, correction=0)
+    return deviation.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
 
 
 class FeatureNoise(DrawingTrick):
