@@ -12,11 +12,17 @@ from lightning_tricks.normalization._batch_norm_refresh import BatchNormRefresh
 from lightning_tricks.normalization._norm_swap import NormSwap
 from lightning_tricks.optimization._optimizer_factory import OptimizerFactory
 from lightning_tricks.optimization._weight_decay import WeightDecay
+from lightning_tricks.stochastic._drop_block import DropBlock
+from lightning_tricks.stochastic._feature_noise import FeatureNoise
+from lightning_tricks.stochastic._fractional_max_pool import FractionalMaxPool
 from lightning_tricks.stochastic._stochastic_depth import StochasticDepth
 
 __all__ = [
     "EMA",
     "BatchNormRefresh",
+    "DropBlock",
+    "FeatureNoise",
+    "FractionalMaxPool",
     "LatestWeightAveraging",
     "NormSwap",
     "OptimizerFactory",

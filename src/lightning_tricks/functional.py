@@ -12,10 +12,16 @@ from lightning_tricks.normalization._norm_swap import swap_norm
 from lightning_tricks.normalization._weight_normalization import apply_weight_normalization, remove_weight_normalization
 from lightning_tricks.normalization._weight_standardization import apply_weight_standardization, remove_weight_standardization
 from lightning_tricks.optimization._decay import decay_weights_
+from lightning_tricks.stochastic._drop_block import apply_drop_block, remove_drop_block
+from lightning_tricks.stochastic._feature_noise import apply_feature_noise, remove_feature_noise
+from lightning_tricks.stochastic._fractional_max_pool import apply_fractional_max_pool, remove_fractional_max_pool
 from lightning_tricks.stochastic._stochastic_depth import apply_stochastic_depth, remove_stochastic_depth
 
 __all__ = [
     "Soup",
+    "apply_drop_block",
+    "apply_feature_noise",
+    "apply_fractional_max_pool",
     "apply_stochastic_depth",
     "apply_weight_normalization",
     "apply_weight_standardization",
@@ -29,6 +35,9 @@ __all__ = [
     "power_ema_gamma",
     "power_ema_sigma_rel",
     "refresh_batch_norm",
+    "remove_drop_block",
+    "remove_feature_noise",
+    "remove_fractional_max_pool",
     "remove_stochastic_depth",
     "remove_weight_normalization",
     "remove_weight_standardization",

@@ -1,4 +1,4 @@
-"""Layers, for use in any module."""
+"""Modules to build networks with."""
 
 from lightning_tricks.normalization._channel_norm import LayerNorm2d, RMSNorm2d
 from lightning_tricks.normalization._filter_response_norm import FilterResponseNorm
@@ -6,9 +6,12 @@ from lightning_tricks.normalization._frozen_batch_norm import FrozenBatchNorm
 from lightning_tricks.normalization._ghost_batch_norm import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
 from lightning_tricks.normalization._lp_batch_norm import LpBatchNorm1d, LpBatchNorm2d, LpBatchNorm3d
 from lightning_tricks.normalization._scaled_ws_conv import ScaledWSConv2d
+from lightning_tricks.stochastic._fractional_pooling import FractionalMaxPool2d, FractionalMaxPool3d
 
 __all__ = [
     "FilterResponseNorm",
+    "FractionalMaxPool2d",
+    "FractionalMaxPool3d",
     "FrozenBatchNorm",
     "GhostBatchNorm1d",
     "GhostBatchNorm2d",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import lightning_tricks as lt
-from contracts.harness import Net, ResidualNet
+from contracts.harness import Net, PoolNet, ResidualNet
 from lightning_tricks import optim, schedules
 
 if TYPE_CHECKING:
@@ -317,6 +317,89 @@ CASES = [
             "pooled": "statistics of normalization layers are left to training",
             "remove": "a swap stays, since the weights that are trained are those of the new layers",
             "tensor parallel": "the model of that check has no normalization layer",
+        },
+    ),
+    Case(
+        lt.FeatureNoise,
+        acting={"std": 0.3, "where": "body.0"},
+        neutral={"std": 0.0, "where": "body.0"},
+        wrong=(
+            ({"std": -0.1, "where": "body"}, "`std` must lie in [0, ∞), got -0.1."),
+            ({"std": float("inf"), "where": "body"}, "got inf"),
+            ({"std": "0.1", "where": "body"}, "got '0.1'"),
+            ({"std": schedules.Linear(0.1, final=-0.5), "where": "body"}, "reaches -0.5"),
+            ({"std": 0.1, "where": ""}, "`where` must be a glob over qualified names"),
+            ({"std": 0.1, "where": "body", "exclude": [None]}, "`exclude` must be a glob"),
+            ({"std": 0.1, "where": "body", "kind": "uniform"}, "`kind` must be one of 'additive', 'multiplicative', got 'uniform'"),
+            ({"std": 0.1, "where": "body", "relative": 1}, "`relative` must be one of True, False, got 1"),
+            ({"std": 0.1, "where": "body", "at": "weight"}, "`at` must be one of 'output', 'input', got 'weight'"),
+            (
+                {"std": 0.1, "where": "body", "kind": "multiplicative", "relative": True},
+                "`relative=True` is for additive noise, got kind='multiplicative'",
+            ),
+            ({"std": 0.1, "where": "body", "name": "two words"}, "`name` must be a word"),
+        ),
+        nothing_matched=(
+            ({"where": "layer*.?"}, "`where='layer*.?'` matched none of Net's 10 modules (Linear ×4, "),
+            ({"exclude": "*"}, "`exclude='*'` removed all 1 that `where='body.0'` matched"),
+        ),
+        skips={
+            "lends": "noise in training changes the weights themselves, and evaluations see what was trained",
+            "ranks alike": "ranks draw for their samples independently of each other, so that two do not train as one",
+            "pooled": "statistics of normalization layers are left to training",
+            "tensor parallel": "the model of that check has no module of this name",
+        },
+    ),
+    Case(
+        lt.DropBlock,
+        acting={"rate": 0.3, "block_size": 2, "where": "body.0"},
+        neutral={"rate": 0.0, "where": "body.0"},
+        wrong=(
+            ({"rate": 1.0, "where": "body"}, "`rate` must lie in [0, 1), got 1.0."),
+            ({"rate": -0.1, "where": "body"}, "got -0.1"),
+            ({"rate": schedules.Linear(0.1, final=1.5), "where": "body"}, "reaches 1.5"),
+            ({"rate": 0.1, "block_size": 0, "where": "body"}, "`block_size` must be a whole number of at least 1, got 0."),
+            ({"rate": 0.1, "block_size": 2.5, "where": "body"}, "got 2.5"),
+            ({"rate": 0.1, "where": []}, "`where` must be a glob over qualified names"),
+            ({"rate": 0.1, "where": "body", "exclude": 3}, "`exclude` must be a glob"),
+            ({"rate": 0.1, "where": "body", "per": "batch"}, "`per` must be one of 'channel', 'sample', got 'batch'"),
+            ({"rate": 0.1, "where": "body", "name": "two words"}, "`name` must be a word"),
+        ),
+        nothing_matched=(
+            ({"where": "layer*.?"}, "`where='layer*.?'` matched none of Net's 10 modules (Linear ×4, "),
+            ({"exclude": "*"}, "`exclude='*'` removed all 1 that `where='body.0'` matched"),
+        ),
+        skips={
+            "lends": "what is dropped in training changes the weights themselves, and evaluations see what was trained",
+            "ranks alike": "ranks draw for their samples independently of each other, so that two do not train as one",
+            "pooled": "statistics of normalization layers are left to training",
+            "tensor parallel": "the model of that check has no feature maps",
+        },
+    ),
+    Case(
+        lt.FractionalMaxPool,
+        acting={"ratio": None, "mode": "pseudorandom"},
+        neutral={"overlapping": False},  # which divides six into three in one way only, that of the layer's own windows
+        wrong=(
+            ({"ratio": 1}, "`ratio` must lie in (1, ∞), got 1."),
+            ({"ratio": "1.5"}, "got '1.5'"),
+            ({"where": ""}, "`where` must be a glob over qualified names"),
+            ({"exclude": [None]}, "`exclude` must be a glob"),
+            ({"mode": "regular"}, "`mode` must be one of 'random', 'pseudorandom', got 'regular'"),
+            ({"overlapping": 1}, "`overlapping` must be one of True, False, got 1"),
+            ({"samples": 0}, "`samples` must be a whole number of at least 1, got 0."),
+            ({"name": "two words"}, "`name` must be a word"),
+        ),
+        nothing_matched=(
+            ({"where": "head"}, "`where='head'` matched none of PoolNet's 1. Their names look like 'body.4'"),
+            ({"exclude": "body"}, "`exclude='body'` removed all 1. Exclude less"),
+        ),
+        model=PoolNet,
+        skips={
+            "lends": "regions drawn in training change the weights themselves, and evaluations see what was trained",
+            "ranks alike": "ranks draw their regions independently of each other, so that two do not train as one",
+            "pooled": "statistics of normalization layers are left to training",
+            "tensor parallel": "the model of that check has no max pooling",
         },
     ),
 ]

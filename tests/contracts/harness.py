@@ -96,6 +96,14 @@ class ResidualNet(Net):
         return self.head(self.blocks(torch.tanh(self.frozen(self.neck(features) + self.tied(features)))))
 
 
+class PoolNet(ResidualNet):
+    """The same with max pooling."""
+
+    def __init__(self, lr: float = 0.05) -> None:
+        super().__init__(lr)
+        self.body = nn.Sequential(nn.Conv2d(1, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Dropout(0.2), nn.MaxPool2d(2), nn.Flatten())
+
+
 class Residual(nn.Module):
     """A block whose output has its input's shape."""
 

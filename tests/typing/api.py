@@ -30,6 +30,18 @@ trainer = L.Trainer(
         lt.WeightDecay(schedules.Cosine(0.04), where=["body.*"], exclude="*.bias", skip="norm", existing="replace", log_penalty=True),
     ]
 )
+lt.FeatureNoise(0.1, where="body")
+lt.FeatureNoise(schedules.Linear(0.3, final=0.0), where=["body.*"], exclude="head", kind="additive", relative=True, at="input", name="slow")
+lt.DropBlock(schedules.Linear(0.0, final=0.1), block_size=5, where="layer4", exclude=["*.bn1"], per="sample", name="slow")
+lt.FractionalMaxPool()
+lt.FractionalMaxPool(1.4, where=["features"], exclude="head", mode="pseudorandom", overlapping=False, samples=4, name="slow")
+pools: nn.Module = nn.Sequential(lt.nn.FractionalMaxPool2d(1.4, mode="pseudorandom"), lt.nn.FractionalMaxPool3d(1.4, overlapping=False))
+pooled: tuple[str, ...] = functional.apply_fractional_max_pool(pools, samples=2, example=torch.zeros(1)).names
+disturbed: tuple[str, ...] = functional.apply_feature_noise(pools, 0.1, where="0", kind="multiplicative", seed=3).names
+unchanged: Mapping[str, str] = functional.apply_drop_block(pools, 0.1, block_size=3, where="0").left
+functional.remove_feature_noise(pools)
+functional.remove_drop_block(pools)
+functional.remove_fractional_max_pool(pools)
 lt.PolyakAveraging(start="50%", stop=1000, every="1 epoch")
 lt.LatestWeightAveraging(6, every="500 steps", start="1 epoch", device="cpu", evaluate="both")
 posthoc = lt.PostHocEMA((0.05, 0.1), every=10, snapshot_every="5%", dirpath=Path("averages"), evaluate="both", name="late")
@@ -123,6 +135,10 @@ lt.PostHocEMA(sigma_rel=0.1)  # type: ignore[arg-type]
 lt.StochasticDepth(0.1, mode="row")  # type: ignore[arg-type]
 lt.NormSwap("batch", "grp")  # type: ignore[arg-type]
 lt.NormSwap("batch", "group", 16)  # type: ignore[call-arg, arg-type]
+lt.FeatureNoise(0.1)  # type: ignore[call-arg]
+lt.FeatureNoise(0.1, where="body", kind="uniform")  # type: ignore[arg-type]
+lt.DropBlock(0.1, 7, where="body")  # type: ignore[call-arg]
+lt.FractionalMaxPool(schedules.Linear())  # type: ignore[arg-type]
 lt.WeightDecay(0.1, mode="l3")  # type: ignore[arg-type]
 lt.WeightDecay(0.1, skip="biases")  # type: ignore[arg-type]
 lt.WeightDecay(0.1, "l2")  # type: ignore[call-arg]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch.distributed.tensor import DTensor
 
@@ -10,18 +10,19 @@ from lightning_tricks._core.lightning import defines
 from lightning_tricks.errors import NothingMatchedError, TrickError, UnsupportedStrategyError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import nn
 
     from lightning_tricks._core.lightning import LightningModule
 
-__all__ = ["Patches", "StandIn", "replace_module", "when_built"]
+__all__ = ["Patches", "StandIn", "replace_module", "stand_ins", "when_built"]
 
 _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
           "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks")  # fmt: skip
 
 _ABSENT = object()
+_S = TypeVar("_S", bound="StandIn")
 
 
 class Patches:
@@ -76,12 +77,26 @@ class StandIn:
         self.module.forward = self  # type: ignore[assignment]
 
     def detach(self) -> None:
-        """Put the module's `forward` back, unless somebody has replaced it since."""
-        if vars(self.module).get("forward") is self:
-            if self._before is None:
-                del self.module.forward
-            else:
-                self.module.forward = self._before
+        """Put the module's `forward` back, unless somebody has replaced it since; a stand-in that came later stays."""
+        held = vars(self.module).get("forward")
+        if held is self and self._before is None:
+            del self.module.forward
+        elif held is self:
+            self.module.forward = self._before
+        for later in _chain(held):
+            if later._before is self:
+                later._before = self._before
+
+
+def stand_ins(model: nn.Module, kind: type[_S]) -> list[_S]:
+    """Return the stand-ins of a kind within a model, those behind others included."""
+    return [each for module in model.modules() for each in _chain(vars(module).get("forward")) if isinstance(each, kind)]
+
+
+def _chain(forward: Any) -> Iterator[StandIn]:
+    while isinstance(forward, StandIn):
+        yield forward
+        forward = forward._before
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
