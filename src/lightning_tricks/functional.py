@@ -6,24 +6,37 @@ from lightning_tricks.averaging._export import averaged_state_dict
 from lightning_tricks.averaging._power_ema import power_ema_decay, power_ema_gamma, power_ema_sigma_rel
 from lightning_tricks.averaging._snapshots import synthesize_ema
 from lightning_tricks.averaging._soup import Soup, greedy_soup, uniform_soup
+from lightning_tricks.data._input_standardization import standardize_inputs
+from lightning_tricks.data._standardizer import remove_standardization
+from lightning_tricks.data._statistics import StandardizationStatistics, standardization_statistics, whitening_matrix
+from lightning_tricks.data._target_standardization import standardize_targets
+from lightning_tricks.normalization._batch_norm_fold import FoldReport, fold_batch_norm
 from lightning_tricks.normalization._batch_norm_refresh import refresh_batch_norm
 from lightning_tricks.optimization._decay import decay_weights_
 from lightning_tricks.stochastic._stochastic_depth import apply_stochastic_depth, remove_stochastic_depth
 
 __all__ = [
+    "FoldReport",
     "Soup",
+    "StandardizationStatistics",
     "apply_stochastic_depth",
     "averaged_state_dict",
     "decay_weights_",
     "ema_decay",
     "ema_update_",
+    "fold_batch_norm",
     "greedy_soup",
     "power_ema_decay",
     "power_ema_gamma",
     "power_ema_sigma_rel",
     "refresh_batch_norm",
+    "remove_standardization",
     "remove_stochastic_depth",
+    "standardization_statistics",
+    "standardize_inputs",
+    "standardize_targets",
     "synthesize_ema",
     "uniform_soup",
     "using_weights",
+    "whitening_matrix",
 ]

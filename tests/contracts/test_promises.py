@@ -45,6 +45,8 @@ def plain(case: Case):
 
 @each
 def test_keys_and_types_are_those_of_the_plain_model(case: Case, plain, tmp_path):
+    if "keys" in case.skips:
+        pytest.skip(case.skips["keys"])
     run = fit([case.make(), ModelCheckpoint(tmp_path, filename="last")], case.model)
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert list(checkpoint["state_dict"]) == list(plain.module.state_dict())
@@ -54,7 +56,8 @@ def test_keys_and_types_are_those_of_the_plain_model(case: Case, plain, tmp_path
 
 
 def test_checkpoints_load_in_code_that_never_heard_of_us(tmp_path):
-    for case in CASES:
+    cases = [case for case in CASES if "keys" not in case.skips]
+    for case in cases:
         fit([case.make(), ModelCheckpoint(tmp_path / case.trick.__name__, filename="last")], case.model, max_epochs=1)
     script = """if True:
         import pathlib, sys, torch
@@ -65,7 +68,7 @@ def test_checkpoints_load_in_code_that_never_heard_of_us(tmp_path):
     done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=True)
     *sizes, heard = done.stdout.splitlines()
     assert heard == "False"
-    assert sorted(sizes) == sorted(f"{case.trick.__name__} {len(case.model().state_dict())}" for case in CASES)
+    assert sorted(sizes) == sorted(f"{case.trick.__name__} {len(case.model().state_dict())}" for case in cases)
 
 
 # 2. Neutral is nothing; acting is something.
@@ -83,8 +86,8 @@ def test_neutral_arguments_change_nothing(case: Case, plain):
 
 @each
 def test_acting_arguments_change_something(case: Case, plain):
-    run = fit([case.make()], case.model)
-    assert_differ(weights(run.module), weights(plain.module))
+    expected, state = weights(plain.module), weights(fit([case.make()], case.model).module)
+    assert_differ({name: state[name] for name in expected}, expected)
 
 
 # 3. Stop and resume equals never stopping.
@@ -112,6 +115,10 @@ def test_the_plain_run_resumes_so_too(case: Case, tmp_path):
 @each
 def test_lightning_warns_when_a_run_is_resumed_without_the_trick(case: Case, tmp_path):
     fit([case.make(), ModelCheckpoint(tmp_path, filename="last")], case.model, max_epochs=1)
+    if "keys" in case.skips:
+        with pytest.raises(RuntimeError, match=r"Unexpected key\(s\) in state_dict"):
+            fit([Plain()], case.model, ckpt_path=tmp_path / "last.ckpt", max_epochs=2)
+        return
     with pytest.warns(UserWarning, match=rf"callbacks used to create the checkpoint.*{case.trick.__name__}"):
         fit([Plain()], case.model, ckpt_path=tmp_path / "last.ckpt", max_epochs=2)
 
@@ -339,7 +346,8 @@ def test_methods_replaced_for_a_fit_are_back_afterwards(case: Case):
     trainer = run.trainer
     for owner in (run.module, trainer.strategy, trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector):
         shadowed = [name for name, value in vars(owner).items() if callable(value) and callable(getattr(type(owner), name, None))]
-        assert shadowed == []
+        kept = ["forward"] if "keys" in case.skips and owner is run.module else []  # what stays in the model goes through it
+        assert [name for name in shadowed if name not in kept] == []
 
 
 # 12. Logs, and prints nothing.
