@@ -8,6 +8,9 @@ from lightning_tricks.averaging._ema import EMA
 from lightning_tricks.averaging._latest_weight_averaging import LatestWeightAveraging
 from lightning_tricks.averaging._polyak_averaging import PolyakAveraging
 from lightning_tricks.averaging._post_hoc_ema import PostHocEMA
+from lightning_tricks.data._input_standardization import InputStandardization
+from lightning_tricks.data._target_standardization import TargetStandardization
+from lightning_tricks.normalization._batch_norm_freeze import BatchNormFreeze
 from lightning_tricks.normalization._batch_norm_refresh import BatchNormRefresh
 from lightning_tricks.normalization._norm_swap import NormSwap
 from lightning_tricks.optimization._optimizer_factory import OptimizerFactory
@@ -19,16 +22,19 @@ from lightning_tricks.stochastic._stochastic_depth import StochasticDepth
 
 __all__ = [
     "EMA",
+    "BatchNormFreeze",
     "BatchNormRefresh",
     "DropBlock",
     "FeatureNoise",
     "FractionalMaxPool",
+    "InputStandardization",
     "LatestWeightAveraging",
     "NormSwap",
     "OptimizerFactory",
     "PolyakAveraging",
     "PostHocEMA",
     "StochasticDepth",
+    "TargetStandardization",
     "WeightDecay",
     "errors",
     "functional",

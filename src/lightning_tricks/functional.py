@@ -6,6 +6,11 @@ from lightning_tricks.averaging._export import averaged_state_dict
 from lightning_tricks.averaging._power_ema import power_ema_decay, power_ema_gamma, power_ema_sigma_rel
 from lightning_tricks.averaging._snapshots import synthesize_ema
 from lightning_tricks.averaging._soup import Soup, greedy_soup, uniform_soup
+from lightning_tricks.data._input_standardization import standardize_inputs
+from lightning_tricks.data._standardizer import remove_standardization
+from lightning_tricks.data._statistics import StandardizationStatistics, standardization_statistics, whitening_matrix
+from lightning_tricks.data._target_standardization import standardize_targets
+from lightning_tricks.normalization._batch_norm_fold import FoldReport, fold_batch_norm
 from lightning_tricks.normalization._batch_norm_refresh import refresh_batch_norm
 from lightning_tricks.normalization._insert_norm import insert_norm
 from lightning_tricks.normalization._norm_swap import swap_norm
@@ -18,7 +23,9 @@ from lightning_tricks.stochastic._fractional_max_pool import apply_fractional_ma
 from lightning_tricks.stochastic._stochastic_depth import apply_stochastic_depth, remove_stochastic_depth
 
 __all__ = [
+    "FoldReport",
     "Soup",
+    "StandardizationStatistics",
     "apply_drop_block",
     "apply_feature_noise",
     "apply_fractional_max_pool",
@@ -29,6 +36,7 @@ __all__ = [
     "decay_weights_",
     "ema_decay",
     "ema_update_",
+    "fold_batch_norm",
     "greedy_soup",
     "insert_norm",
     "power_ema_decay",
@@ -38,11 +46,16 @@ __all__ = [
     "remove_drop_block",
     "remove_feature_noise",
     "remove_fractional_max_pool",
+    "remove_standardization",
     "remove_stochastic_depth",
     "remove_weight_normalization",
     "remove_weight_standardization",
+    "standardization_statistics",
+    "standardize_inputs",
+    "standardize_targets",
     "swap_norm",
     "synthesize_ema",
     "uniform_soup",
     "using_weights",
+    "whitening_matrix",
 ]

@@ -97,6 +97,28 @@ WEIGHT_DECAY_WRONG = (
     ),
 )
 
+STANDARDIZATION_WRONG = (
+    ({"per": "pixel"}, "`per` must be one of 'channel', 'feature', got 'pixel'"),
+    ({"batches": 0}, "`batches` must be a positive number of batches, or 'all' for all, got 0."),
+    ({"batches": True}, "got True"),
+    ({"dim": 0}, "`dim` must be the dimension of channels, such as 1 or -1, and not 0, which is the batch, got 0."),
+    ({"dim": 1.0}, "got 1.0"),
+    ({"eps": -1e-3}, "`eps` must lie in [0, ∞), got -0.001."),
+    ({"center": 1}, "`center` must be one of True, False, got 1"),
+    ({"scale": None}, "got None"),
+    ({"item": 0.5}, "`item` must be an index or a key in a batch"),
+    ({"module": None}, "`module` must be the name of a module, or '' for the model itself, got None."),
+    ({"name": "two words"}, "`name` must be a word"),
+)
+
+STANDARDIZATION_SKIPS = {
+    "keys": "the statistics are buffers of the model, so that it goes nowhere without them",
+    "lends": "the model that trains is the one that is evaluated",
+    "pooled": "statistics of normalization layers are left to training",
+    "tensor parallel": "the model of that check has no `forward`",
+    "remove": "statistics belong to the model, which keeps them after the fit",
+}
+
 CASES = [
     Case(
         lt.EMA,
@@ -401,5 +423,53 @@ CASES = [
             "pooled": "statistics of normalization layers are left to training",
             "tensor parallel": "the model of that check has no max pooling",
         },
+    ),
+    Case(
+        lt.BatchNormFreeze,
+        acting={"start": 3},
+        neutral={"start": "100%"},
+        wrong=(
+            ({"start": -1}, "`start` must be an int of optimizer steps, or a text such as '500 steps'"),
+            ({"start": "late"}, "got 'late'"),
+            ({"start": "120%"}, "got '120%'"),
+            ({"start": 3, "affine": 1}, "`affine` must be one of True, False, got 1"),
+            ({"start": 3, "where": ""}, "`where` must be a glob over qualified names"),
+            ({"start": 3, "exclude": [None]}, "`exclude` must be a glob"),
+            ({"start": 3, "name": "two words"}, "`name` must be a word"),
+        ),
+        nothing_matched=(
+            ({"where": "head"}, "`where='head'` matched none of Net's 1. Their names look like 'body.1'"),
+            ({"exclude": "*"}, "`exclude='*'` removed all 1"),
+        ),
+        skips={
+            "lends": "fixed statistics change the weights that train, and evaluations see what was trained",
+            "pooled": "ranks go on with the statistics of rank zero, as they do under DDP",
+            "tensor parallel": "the model of that check has no BatchNorm, which tensor parallelism does not split",
+            "remove": "a callback that changes no module has nothing to remove",
+        },
+    ),
+    Case(
+        lt.InputStandardization,
+        acting={"per": "channel"},
+        neutral={"center": False, "scale": False},
+        wrong=(
+            *STANDARDIZATION_WRONG,
+            ({"whitening": "zac"}, "`whitening` must be one of None, 'zca', 'pca', got 'zac'"),
+            ({"whitening": "pca", "scale": False}, "`whitening='pca'` centers and scales, got center=True and scale=False."),
+            ({"argument": -1}, "`argument` must be a position or a name among the arguments of `forward`"),
+        ),
+        nothing_matched=(({"module": "haed"}, "`module='haed'` is none of Net's. Its children are 'body', 'neck', 'head'"),),
+        skips=STANDARDIZATION_SKIPS,
+    ),
+    Case(
+        lt.TargetStandardization,
+        acting={"item": 0},  # Net has no continuous targets; its inputs stand for some
+        neutral={"center": False, "scale": False},
+        wrong=(
+            *STANDARDIZATION_WRONG,
+            ({"output": 1.5}, "`output` must be an index or a key in what `forward` returns, or None"),
+        ),
+        nothing_matched=(({"module": "haed"}, "`module='haed'` is none of Net's. Its children are 'body', 'neck', 'head'"),),
+        skips=STANDARDIZATION_SKIPS,
     ),
 ]

@@ -357,7 +357,8 @@ def test_methods_replaced_for_a_fit_are_back_afterwards(case: Case):
     trainer = run.trainer
     for owner in (run.module, trainer.strategy, trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector):
         shadowed = [name for name, value in vars(owner).items() if callable(value) and callable(getattr(type(owner), name, None))]
-        assert shadowed == []
+        kept = ["forward"] if "keys" in case.skips and owner is run.module else []  # what stays in the model goes through it
+        assert [name for name in shadowed if name not in kept] == []
 
 
 # 12. Logs, and prints nothing.

@@ -42,6 +42,9 @@ unchanged: Mapping[str, str] = functional.apply_drop_block(pools, 0.1, block_siz
 functional.remove_feature_noise(pools)
 functional.remove_drop_block(pools)
 functional.remove_fractional_max_pool(pools)
+lt.BatchNormFreeze("80%", affine=True, where=["layer*"], exclude="head", name="late")
+lt.InputStandardization(per="feature", batches=10, whitening="zca", eps=1e-2, item="x", argument="pixels", module="net", name="images")
+lt.TargetStandardization(item="price", output=0, center=False, dim=-1)
 lt.PolyakAveraging(start="50%", stop=1000, every="1 epoch")
 lt.LatestWeightAveraging(6, every="500 steps", start="1 epoch", device="cpu", evaluate="both")
 posthoc = lt.PostHocEMA((0.05, 0.1), every=10, snapshot_every="5%", dirpath=Path("averages"), evaluate="both", name="late")
@@ -82,6 +85,13 @@ functional.remove_weight_normalization(model)
 left = functional.insert_norm(model, "group", position="after", where="*.act", groups=8, inputs=torch.zeros(1, 2)).inserted
 notices: Mapping[str, str] = functional.swap_norm(model, "batch", "frozen", calibrate=[torch.zeros(2, 2)], forward=model).notices
 loaded: L.LightningModule = lt.load_from_checkpoint(L.LightningModule, Path("run.ckpt"), map_location="cpu")
+folding: functional.FoldReport = functional.fold_batch_norm(model, where="body", inplace=False)
+reasons: Mapping[str, str] = folding.left
+measured: functional.StandardizationStatistics = functional.standardization_statistics([torch.randn(4, 2)], covariance=True)
+whitening: torch.Tensor = functional.whitening_matrix(torch.eye(2), mode="pca", eps=0.1)
+functional.standardize_inputs(model, measured, whitening="zca", argument="input")
+functional.standardize_targets(model, {"mean": torch.zeros(2), "variance": torch.ones(2), "count": 5}, output=None)
+functional.remove_standardization(model)
 every_schedule: list[schedules.Schedule] = [
     schedules.Constant(0.5, warmup=100),
     schedules.Linear(0.0, final=0.5, stop="50%"),
@@ -128,6 +138,10 @@ lt.OptimizerFactory(optim.SGD(), schedule=0.5)  # type: ignore[arg-type]
 lt.OptimizerFactory(optim.SGD(), schedules.Cosine())  # type: ignore[call-arg]
 schedules.Cosine(1.0, 0.0)  # type: ignore[call-arg, arg-type]
 schedules.ReduceOnPlateau("val_acc", mode="larger")  # type: ignore[arg-type]
+lt.BatchNormFreeze()  # type: ignore[call-arg]
+lt.InputStandardization("feature")  # type: ignore[call-arg]
+lt.InputStandardization(whitening="cholesky")  # type: ignore[arg-type]
+lt.TargetStandardization(item=None)  # type: ignore[arg-type]
 lt.BatchNormRefresh("some")  # type: ignore[arg-type]
 lt.LatestWeightAveraging(5, "1 epoch")  # type: ignore[call-arg]
 posthoc.synthesize(0.1, 1000)  # type: ignore[call-arg]

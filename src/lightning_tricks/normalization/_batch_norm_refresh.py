@@ -25,12 +25,12 @@ from lightning_tricks._core.checkpoint import check_tensors, read_entry, write_e
 from lightning_tricks._core.checks import check_choice, check_patterns
 from lightning_tricks._core.lightning import STEP_OUTPUT, LightningModule, Trainer, defines, override
 from lightning_tricks._core.loaders import evaluate_batch, training_pass, untouched
-from lightning_tricks._core.selection import matches
 from lightning_tricks._core.strategies import plain_name
 from lightning_tricks._core.surgery import Patches
 from lightning_tricks._core.swapping import settle_weights
 from lightning_tricks._core.trick import Trick
 from lightning_tricks.errors import ArgumentError, NothingMatchedError
+from lightning_tricks.normalization._selection import select_batch_norms
 from lightning_tricks.normalization._statistics import call_model, measure_statistics
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def refresh_batch_norm(
     if batches is not None:
         _check_batches(batches, "None")
     patterns = check_patterns("where", where, empty=False), check_patterns("exclude", exclude, empty=True)
-    norms = _select(model, *patterns, trick="refresh_batch_norm")
+    norms = select_batch_norms(model, *patterns, trick="refresh_batch_norm")
     if model.training:
         norms = _thawed(norms, {name for name, norm in norms.items() if not norm.training}, trick="refresh_batch_norm")
     with untouched([loader]):
@@ -99,32 +99,6 @@ def _check_batches(batches: Any, otherwise: str) -> None:
     if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
         msg = f"`batches` must be a positive number of batches, or {otherwise} for all, got {batches!r}."
         raise ArgumentError(msg)
-
-
-def _select(model: nn.Module, where: str | Sequence[str], exclude: str | Sequence[str], *, trick: str) -> dict[str, _BatchNorm]:
-    """Return the BatchNorm layers that keep running statistics, by name.
-
-    Raises:
-        NothingMatchedError: If there are none.
-    """
-    everything = {plain_name(name): child for name, child in model.named_modules() if isinstance(child, _BatchNorm)}
-    tracking = {name: norm for name, norm in everything.items() if norm.running_mean is not None}
-    located = {name: norm for name, norm in tracking.items() if matches(name, where)}
-    selected = {name: norm for name, norm in located.items() if not matches(name, exclude)}
-    if selected:
-        return selected
-    kind = type(model).__name__
-    if not everything:
-        reason = f"{kind} has no BatchNorm of any kind. Remove the refresh, which other layers do not need"
-    elif not tracking:
-        reason = f"all {len(everything)} of {kind} have `track_running_stats=False`. Remove the refresh, which they do not need"
-    elif not located:
-        names = ", ".join(map(repr, list(tracking)[:3]))
-        reason = f"`where={where!r}` matched none of {kind}'s {len(tracking)}. Their names look like {names}"
-    else:
-        reason = f"`exclude={exclude!r}` removed all {len(located)} that `where={where!r}` matched. Exclude less"
-    msg = f"{trick} found no BatchNorm with running statistics: {reason}."
-    raise NothingMatchedError(msg)
 
 
 def _thawed(norms: dict[str, _BatchNorm], frozen: Iterable[str], *, trick: str) -> dict[str, _BatchNorm]:
@@ -238,7 +212,7 @@ class BatchNormRefresh(Trick):
         self._patches.wrap(trainer.fit_loop, "run", lambda run: partial(self._run, trainer, pl_module, run))
 
     def _select(self, module: nn.Module) -> dict[str, _BatchNorm]:
-        return _select(module, self.where, self.exclude, trick=repr(self))
+        return select_batch_norms(module, self.where, self.exclude, trick=repr(self))
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

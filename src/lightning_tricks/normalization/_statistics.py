@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from lightning_tricks._core.lightning import rank_zero_info
+from lightning_tricks._core.moments import Moments as _Moments
 from lightning_tricks._core.strategies import return_to_shards
 from lightning_tricks.errors import ArgumentError, TrickError
 
@@ -26,13 +26,8 @@ _PIECE = 1 << 22  # values converted to float64 at once
 _PATIENCE = 30.0  # seconds between reports of progress
 
 
-@dataclass
-class Moments:
+class Moments(_Moments):
     """Count, mean and sum of squared deviations of values seen, per channel, in float64."""
-
-    mean: Tensor
-    deviations: Tensor
-    count: int = 0
 
     @classmethod
     def of(cls, channels: int, device: torch.device) -> Moments:
@@ -49,15 +44,6 @@ class Moments:
             dims = [dim for dim in range(piece.ndim) if dim != 1]
             variance, mean = torch.var_mean(piece.to(self.mean.device).double(), dim=dims, correction=0)
             self.merge(count, mean, variance * count)
-
-    def merge(self, count: int, mean: Tensor, deviations: Tensor) -> None:
-        """Take in the moments of other values: ``S ← S + S' + (m' − m)²·n·n'/(n + n')``."""
-        total = self.count + count
-        if count:
-            shift = mean - self.mean
-            self.deviations = self.deviations + deviations + shift.square() * (self.count * count / total)
-            self.mean = self.mean + shift * (count / total)
-        self.count = total
 
     @property
     def variance(self) -> Tensor:
