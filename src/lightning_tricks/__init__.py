@@ -10,11 +10,13 @@ from lightning_tricks.averaging._post_hoc_ema import PostHocEMA
 from lightning_tricks.normalization._batch_norm_refresh import BatchNormRefresh
 from lightning_tricks.optimization._optimizer_factory import OptimizerFactory
 from lightning_tricks.optimization._weight_decay import WeightDecay
+from lightning_tricks.stochastic._dropout import Dropout
 from lightning_tricks.stochastic._stochastic_depth import StochasticDepth
 
 __all__ = [
     "EMA",
     "BatchNormRefresh",
+    "Dropout",
     "LatestWeightAveraging",
     "OptimizerFactory",
     "PolyakAveraging",

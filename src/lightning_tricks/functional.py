@@ -8,20 +8,27 @@ from lightning_tricks.averaging._snapshots import synthesize_ema
 from lightning_tricks.averaging._soup import Soup, greedy_soup, uniform_soup
 from lightning_tricks.normalization._batch_norm_refresh import refresh_batch_norm
 from lightning_tricks.optimization._decay import decay_weights_
+from lightning_tricks.stochastic._dropout import apply_dropout, remove_dropout
+from lightning_tricks.stochastic._mc_dropout import MCClassification, MCRegression, mc_dropout
 from lightning_tricks.stochastic._stochastic_depth import apply_stochastic_depth, remove_stochastic_depth
 
 __all__ = [
+    "MCClassification",
+    "MCRegression",
     "Soup",
+    "apply_dropout",
     "apply_stochastic_depth",
     "averaged_state_dict",
     "decay_weights_",
     "ema_decay",
     "ema_update_",
     "greedy_soup",
+    "mc_dropout",
     "power_ema_decay",
     "power_ema_gamma",
     "power_ema_sigma_rel",
     "refresh_batch_norm",
+    "remove_dropout",
     "remove_stochastic_depth",
     "synthesize_ema",
     "uniform_soup",

@@ -10,13 +10,13 @@ from lightning_tricks._core.lightning import defines
 from lightning_tricks.errors import NothingMatchedError, TrickError, UnsupportedStrategyError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import nn
 
     from lightning_tricks._core.lightning import LightningModule
 
-__all__ = ["Patches", "StandIn", "replace_module", "when_built"]
+__all__ = ["Patches", "StandIn", "replace_module", "stand_ins_of", "when_built"]
 
 _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
           "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks")  # fmt: skip
@@ -76,12 +76,23 @@ class StandIn:
         self.module.forward = self  # type: ignore[assignment]
 
     def detach(self) -> None:
-        """Put the module's `forward` back, unless somebody has replaced it since."""
+        """Put the module's `forward` back, or leave the chain of stand-ins, unless somebody else has replaced it since."""
         if vars(self.module).get("forward") is self:
             if self._before is None:
                 del self.module.forward
             else:
                 self.module.forward = self._before
+        for later in stand_ins_of(self.module):
+            if later._before is self:
+                later._before = self._before
+
+
+def stand_ins_of(module: nn.Module) -> Iterator[StandIn]:
+    """Yield what stands in for a module's `forward`, the latest first."""
+    forward = vars(module).get("forward")
+    while isinstance(forward, StandIn):
+        yield forward
+        forward = forward._before
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
