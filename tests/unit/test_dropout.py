@@ -417,6 +417,40 @@ def test_leaves_a_chain_of_stand_ins_from_any_place():
         assert "forward" not in vars(model[0])
 
 
+# Models of others
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("name", "options", "count"),
+    [
+        ("vit_tiny_patch16_224", {"img_size": 32, "depth": 1}, 6),
+        ("swin_tiny_patch4_window7_224", {"img_size": 64, "window_size": 2, "depths": (1, 1), "num_heads": (1, 1)}, 9),
+        ("pvt_v2_b0", {}, 25),
+        ("resnet18", {}, 1),
+        ("efficientnet_b0", {}, 1),
+        ("densenet121", {}, 59),
+    ],
+)
+def test_rates_of_timm_models_are_all_found_and_act(name, options, count):
+    import timm
+
+    model = timm.create_model(name, num_classes=3, **options)
+    assert len(apply_dropout(model, 0.0).before) == count
+    x = torch.randn(2, 3, options.get("img_size", 64), options.get("img_size", 64))
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+        if type(module).__name__ == "DropPath":
+            module.drop_prob = 0.0
+    with torch.no_grad():
+        assert torch.equal(model(x), model(x))
+        for rate in list(rates_of(model).values())[::7]:
+            rate.set(0.5)
+            assert not torch.equal(model(x), model(x))
+            rate.set(0.0)
+
+
 # Compiled
 
 

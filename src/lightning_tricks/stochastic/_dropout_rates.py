@@ -109,7 +109,7 @@ def _reads_of_class(kind: type[nn.Module]) -> tuple[frozenset[str], ...]:
         inspect.unwrap(getattr(each, "__func__", each))
         for base in kind.__mro__[: kind.__mro__.index(nn.Module)]
         for name, each in vars(base).items()
-        if callable(each) and name != "__init__"
+        if callable(each) and name not in {"__init__", "reset_classifier"}
     )
     names = (frozenset(method.__code__.co_names) for method in methods if hasattr(method, "__code__"))
     return tuple(each for each in names if "training" in each)

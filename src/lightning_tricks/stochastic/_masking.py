@@ -110,8 +110,11 @@ class Masking(StandIn):
         self.ran, self.drawn = True, (count, x.device)
         now: Any = self.clock.now if torch.compiler.is_compiling() else int(self.clock.now)
         alive = survivors(self._key(now), self.least, count, x.device).view(shape)
-        scaled = x * self.scale
-        return torch.where(alive, scaled + self.shift if "alpha" in self.kind else scaled, self.fill.to(x.dtype))
+        if "alpha" in self.kind:
+            return torch.where(alive, x * self.scale + self.shift, self.fill.to(x.dtype))
+        if shape != x.shape:  # few factors for many values
+            return x * (alive * self.scale).to(x.dtype)
+        return torch.where(alive, x * self.scale, 0.0)
 
     def _shape(self, x: Tensor) -> torch.Size:
         """Return the shape of the mask, with ones where it is the same for all."""
