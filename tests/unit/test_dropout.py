@@ -468,3 +468,16 @@ def test_compiles_whole_to_the_same_numbers_and_once_whatever_the_rate():
         x = torch.randn(3, 5, 6, dtype=torch.float64)
         torch.testing.assert_close(compiled(x), model(x))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.full
+def test_compiled_parts_have_the_names_and_the_draws_of_plain_ones():
+    torch._dynamo.reset()
+    part = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Dropout(0.0))
+    model = nn.ModuleDict({"part": part})
+    compiled = nn.ModuleDict({"part": torch.compile(copy.deepcopy(part), backend="eager")})
+    x = torch.randn(3, 4)
+    for each in (model, compiled):
+        assert apply_dropout(each, 0.1).rates == {"part.2": 0.1}
+        assert apply_dropout(each, 0.5, after="ReLU").rates == apply_dropout(each, 0.5, after="*.1").rates == {"part.1": 0.5}
+    assert torch.equal(compiled["part"](x), model["part"](x))

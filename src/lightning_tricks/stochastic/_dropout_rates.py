@@ -73,9 +73,10 @@ def rates_of(model: nn.Module) -> dict[str, Rate]:
         if isinstance(module, _DropoutNd):
             readers = [parent for parent, own in parents.get(id(module), ()) if any({own, "p"} <= names for names in _reads_of(parent))]
             kind = next((kind for layer, kind in _KINDS.items() if type(module).forward is layer.forward), None)
-            found[plain_name(name)] = Rate(module, "p", None if readers else kind, (module, *readers))
+            found[plain_name(name, compiled=False)] = Rate(module, "p", None if readers else kind, (module, *readers))
         else:
-            found.update({plain_name(f"{name}.{each}").strip("."): Rate(module, each, None, (module,)) for each in _numbers(module)})
+            path = plain_name(name, compiled=False)
+            found.update({f"{path}.{each}".strip("."): Rate(module, each, None, (module,)) for each in _numbers(module)})
     return found
 
 

@@ -91,6 +91,7 @@ def find_after(model: nn.Module, after: Where, where: Where | None, exclude: Whe
         typed = {plain_name(name): module for name, module in model.named_modules() if name and _is_a(module, glob)}
         outer = {name: each for name, each in typed.items() if not any(name.startswith(f"{other}.") for other in typed)}
         found |= outer or select_modules(model, glob, (), trick=trick, argument="after")
+    found = {plain_name(name, compiled=False): module for name, module in found.items()}
     located = {name: module for name, module in found.items() if where is None or matches(name, where)}
     selected = {name: (module, kind) for name, module in located.items() if not matches(name, exclude)}
     if selected:
