@@ -16,6 +16,7 @@ from lightning_tricks.normalization._norm_swap import NormSwap
 from lightning_tricks.optimization._optimizer_factory import OptimizerFactory
 from lightning_tricks.optimization._weight_decay import WeightDecay
 from lightning_tricks.stochastic._drop_block import DropBlock
+from lightning_tricks.stochastic._dropout import Dropout
 from lightning_tricks.stochastic._feature_noise import FeatureNoise
 from lightning_tricks.stochastic._fractional_max_pool import FractionalMaxPool
 from lightning_tricks.stochastic._stochastic_depth import StochasticDepth
@@ -25,6 +26,7 @@ __all__ = [
     "BatchNormFreeze",
     "BatchNormRefresh",
     "DropBlock",
+    "Dropout",
     "FeatureNoise",
     "FractionalMaxPool",
     "InputStandardization",

@@ -18,15 +18,20 @@ from lightning_tricks.normalization._weight_normalization import apply_weight_no
 from lightning_tricks.normalization._weight_standardization import apply_weight_standardization, remove_weight_standardization
 from lightning_tricks.optimization._decay import decay_weights_
 from lightning_tricks.stochastic._drop_block import apply_drop_block, remove_drop_block
+from lightning_tricks.stochastic._dropout import apply_dropout, remove_dropout
 from lightning_tricks.stochastic._feature_noise import apply_feature_noise, remove_feature_noise
 from lightning_tricks.stochastic._fractional_max_pool import apply_fractional_max_pool, remove_fractional_max_pool
+from lightning_tricks.stochastic._mc_dropout import MCClassification, MCRegression, mc_dropout
 from lightning_tricks.stochastic._stochastic_depth import apply_stochastic_depth, remove_stochastic_depth
 
 __all__ = [
     "FoldReport",
+    "MCClassification",
+    "MCRegression",
     "Soup",
     "StandardizationStatistics",
     "apply_drop_block",
+    "apply_dropout",
     "apply_feature_noise",
     "apply_fractional_max_pool",
     "apply_stochastic_depth",
@@ -39,11 +44,13 @@ __all__ = [
     "fold_batch_norm",
     "greedy_soup",
     "insert_norm",
+    "mc_dropout",
     "power_ema_decay",
     "power_ema_gamma",
     "power_ema_sigma_rel",
     "refresh_batch_norm",
     "remove_drop_block",
+    "remove_dropout",
     "remove_feature_noise",
     "remove_fractional_max_pool",
     "remove_standardization",

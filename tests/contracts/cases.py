@@ -472,4 +472,33 @@ CASES = [
         nothing_matched=(({"module": "haed"}, "`module='haed'` is none of Net's. Its children are 'body', 'neck', 'head'"),),
         skips=STANDARDIZATION_SKIPS,
     ),
+    Case(
+        lt.Dropout,
+        acting={"rate": 0.5, "after": "*.2"},
+        neutral={"rate": 0.0, "after": "*.2"},
+        wrong=(
+            ({"rate": 1.0}, "`rate` must lie in [0, 1), got 1.0."),
+            ({"rate": -0.1}, "got -0.1"),
+            ({"rate": "0.1"}, "got '0.1'"),
+            ({"rate": schedules.Linear(0.1, final=1.5)}, "reaches 1.5"),
+            ({"rate": 0.1, "where": ""}, "`where` must be a glob over qualified names"),
+            ({"rate": 0.1, "after": []}, "`after` must be a glob"),
+            ({"rate": 0.1, "exclude": [None]}, "`exclude` must be a glob"),
+            ({"rate": 0.1, "kind": "spatial"}, "`kind` must be one of None, 'element', 'channel', 'variational', 'alpha', 'channel_alpha'"),
+            ({"rate": 0.1, "samples": 0}, "`samples` must be a whole number of at least 1, got 0."),
+            ({"rate": 0.1, "name": "two words"}, "`name` must be a word"),
+        ),
+        nothing_matched=(
+            ({"after": "*.act"}, "`after='*.act'` matched none of Net's 10 modules (Linear ×4, "),
+            ({"where": "head"}, "`where='head'` matched none of the 1 that `after='*.2'` did, such as 'body.2'"),
+            ({"exclude": "body"}, "`exclude='body'` removed all 1"),
+            ({"after": None, "where": "head"}, "`where='head'` matched none of Net's 1. Their names look like 'body.3'"),
+            ({"after": None, "exclude": "*"}, "`exclude='*'` removed all 1"),
+        ),
+        skips={
+            "lends": "what is dropped in training changes the weights themselves, and evaluations see what was trained",
+            "ranks alike": "ranks draw for their samples independently of each other, so that two do not train as one",
+            "pooled": "statistics of normalization layers are left to training",
+        },
+    ),
 ]

@@ -65,6 +65,14 @@ soup: functional.Soup = functional.greedy_soup(Path("runs").glob("*.ckpt"), lamb
 model.load_state_dict(soup.state_dict)
 best: Path = soup.members[0]
 functional.decay_weights_(model.parameters(), 0.01, mode="l2")
+lt.Dropout(
+    schedules.Linear(0.0, final=0.5), where="encoder", after=["*.act", "GELU"], exclude="head", kind="variational", samples=10, name="a"
+)
+set_rates: Mapping[str, float] = functional.apply_dropout(model, 0.1, after="Linear", kind="alpha", seed=1).before
+functional.remove_dropout(model)
+classes: functional.MCClassification = functional.mc_dropout(model, torch.zeros(2), samples=5, dim=1)
+information: torch.Tensor = classes.mutual_information
+numbers: functional.MCRegression = functional.mc_dropout(model, torch.zeros(2), task="regression", seed=3)
 share: float = functional.ema_decay(3, 0.9, warmup=10)
 used: int = functional.refresh_batch_norm(nn.BatchNorm1d(2), [torch.randn(4, 2)], batches=1)
 layers: list[nn.Module] = [
@@ -153,6 +161,9 @@ lt.FeatureNoise(0.1)  # type: ignore[call-arg]
 lt.FeatureNoise(0.1, where="body", kind="uniform")  # type: ignore[arg-type]
 lt.DropBlock(0.1, 7, where="body")  # type: ignore[call-arg]
 lt.FractionalMaxPool(schedules.Linear())  # type: ignore[arg-type]
+lt.Dropout(0.1, kind="spatial")  # type: ignore[arg-type]
+lt.Dropout(0.1, "GELU")  # type: ignore[call-arg]
+functional.mc_dropout(model, torch.zeros(2), task="regression").entropy  # type: ignore[attr-defined]  # noqa: B018
 lt.WeightDecay(0.1, mode="l3")  # type: ignore[arg-type]
 lt.WeightDecay(0.1, skip="biases")  # type: ignore[arg-type]
 lt.WeightDecay(0.1, "l2")  # type: ignore[call-arg]

@@ -67,10 +67,13 @@ def select_parameters(
     raise NothingMatchedError(msg)
 
 
-def select_modules(module: nn.Module, where: str | Sequence[str], exclude: str | Sequence[str], *, trick: str) -> dict[str, nn.Module]:
+def select_modules(
+    module: nn.Module, where: str | Sequence[str], exclude: str | Sequence[str], *, trick: str, argument: str = "where"
+) -> dict[str, nn.Module]:
     """Select modules by name, shared ones once; of those that lie within each other, the outermost.
 
-    A glob matches the whole name of a module or its end after a dot, and a list of modules stands for its members.
+    A glob matches the whole name of a module or its end after a dot, and a list of modules stands for its members. Errors call `where`
+    by the name of the trick's `argument`.
 
     Raises:
         NothingMatchedError: If none is left, saying whether `where` matches none or `exclude` removes all.
@@ -94,9 +97,9 @@ def select_modules(module: nn.Module, where: str | Sequence[str], exclude: str |
         examples = ", ".join(map(repr, list(names)[:3]))
         wanted = (where if isinstance(where, str) else where[0]).strip(".*?")
         close = get_close_matches(wanted, list(names), n=1) or list(names)[:1]
-        reason = f"`where={where!r}` matched none of {found}. Names look like {examples}; try `where={''.join(close)!r}`"
+        reason = f"`{argument}={where!r}` matched none of {found}. Names look like {examples}; try `{argument}={''.join(close)!r}`"
     else:
-        reason = f"`exclude={exclude!r}` removed all {len(located)} that `where={where!r}` matched. Exclude less"
+        reason = f"`exclude={exclude!r}` removed all {len(located)} that `{argument}={where!r}` matched. Exclude less"
     msg = f"{trick} found no module: {reason}."
     raise NothingMatchedError(msg)
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from lightning_tricks._core.lightning import LightningModule
 
-__all__ = ["Patches", "StandIn", "replace_module", "stand_ins", "when_built"]
+__all__ = ["Patches", "StandIn", "replace_module", "stand_ins", "stand_ins_of", "when_built"]
 
 _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
           "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks")  # fmt: skip
@@ -83,17 +83,19 @@ class StandIn:
             del self.module.forward
         elif held is self:
             self.module.forward = self._before
-        for later in _chain(held):
+        for later in stand_ins_of(self.module):
             if later._before is self:
                 later._before = self._before
 
 
 def stand_ins(model: nn.Module, kind: type[_S]) -> list[_S]:
     """Return the stand-ins of a kind within a model, those behind others included."""
-    return [each for module in model.modules() for each in _chain(vars(module).get("forward")) if isinstance(each, kind)]
+    return [each for module in model.modules() for each in stand_ins_of(module) if isinstance(each, kind)]
 
 
-def _chain(forward: Any) -> Iterator[StandIn]:
+def stand_ins_of(module: nn.Module) -> Iterator[StandIn]:
+    """Yield what stands in for a module's `forward`, the latest first."""
+    forward = vars(module).get("forward")
     while isinstance(forward, StandIn):
         yield forward
         forward = forward._before
