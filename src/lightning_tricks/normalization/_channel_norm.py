@@ -32,8 +32,8 @@ class LayerNorm2d(nn.LayerNorm):
         dtype: Of the parameters.
 
     Shape:
-        - Input: (N, C, *)
-        - Output: (N, C, *)
+        - Input: (N, C, ...)
+        - Output: (N, C, ...)
 
     Raises:
         ArgumentError: If `num_channels` or `eps` lies outside its domain.
@@ -86,8 +86,8 @@ class RMSNorm2d(nn.RMSNorm):
         dtype: Of the parameters.
 
     Shape:
-        - Input: (N, C, *)
-        - Output: (N, C, *)
+        - Input: (N, C, ...)
+        - Output: (N, C, ...)
 
     Raises:
         ArgumentError: If `num_channels` or `eps` lies outside its domain.

@@ -32,8 +32,8 @@ class FilterResponseNorm(nn.Module):
         dtype: Of the parameters.
 
     Shape:
-        - Input: (N, C, *)
-        - Output: (N, C, *)
+        - Input: (N, C, ...)
+        - Output: (N, C, ...)
 
     Raises:
         ArgumentError: If `num_features` or `eps` lies outside its domain.
