@@ -7,14 +7,18 @@ from lightning_tricks.averaging._ema import EMA
 from lightning_tricks.averaging._latest_weight_averaging import LatestWeightAveraging
 from lightning_tricks.averaging._polyak_averaging import PolyakAveraging
 from lightning_tricks.averaging._post_hoc_ema import PostHocEMA
+from lightning_tricks.normalization._activation_swap import ActivationSwap
 from lightning_tricks.normalization._batch_norm_refresh import BatchNormRefresh
+from lightning_tricks.normalization._initialization import Initialization
 from lightning_tricks.optimization._optimizer_factory import OptimizerFactory
 from lightning_tricks.optimization._weight_decay import WeightDecay
 from lightning_tricks.stochastic._stochastic_depth import StochasticDepth
 
 __all__ = [
     "EMA",
+    "ActivationSwap",
     "BatchNormRefresh",
+    "Initialization",
     "LatestWeightAveraging",
     "OptimizerFactory",
     "PolyakAveraging",
