@@ -331,7 +331,7 @@ def test_sharded_weights_are_the_parts_of_the_whole_ones():
         ({"scheme": "orthogonal", "gain": 0}, "`gain` must lie in (0, ∞), got 0."),
         ({"scheme": "kaiming_normal", "mode": "in"}, "`mode` must be one of 'fan_in', 'fan_out', got 'in'"),
         ({"scheme": "truncated_normal", "std": -1}, "`std` must lie in (0, ∞), got -1."),
-        ({"scheme": "orthogonal", "seed": -1}, "`seed` must"),
+        ({"scheme": "orthogonal", "seed": -1}, "`seed` must be a whole number of at least 0, got -1."),
         ({"scheme": "lsuv"}, "initialize with 'lsuv' needs batches, from which variances are measured, and got none"),
         ({"scheme": "lsuv", "batches": []}, "got none"),
     ],
@@ -435,7 +435,9 @@ def test_a_new_model_is_initialized_as_by_the_function_and_training_draws_as_eve
 
 def test_a_trained_model_is_refused_unless_told(tmp_path):
     module = fit(max_epochs=1).module
-    with pytest.raises(errors.TrickError, match=r"Net has been trained: 'body.1.weight' differs.*Name its new layers by `where`, or pass"):
+    with pytest.raises(
+        errors.TrickError, match=r"Net has been trained: 'body.1.running_mean' differs.*Name its new layers by `where`, or pass"
+    ):
         make_trainer([lt.Initialization("orthogonal")]).fit(module, Loader())
     before = weights(module)
     make_trainer([lt.Initialization("orthogonal", where="head")], max_steps=0).fit(module, Loader())

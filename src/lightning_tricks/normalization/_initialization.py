@@ -117,9 +117,7 @@ def initialize(
         {'0': 1.0, '2': 1.0}
     """
     options = Options(scheme, where, exclude, gain, mode, std, bias, residual, tolerance)
-    if seed is not None:
-        check_count("seed", seed + 1)
-    number = int(torch.randint(2**31, ()).item()) if seed is None else seed
+    number = int(torch.randint(2**31, ()).item()) if seed is None else check_count("seed", seed, least=0)
     return run_initialization(model, options, number, batches, forward or partial(call_with, model), trick=_FUNCTION)
 
 
@@ -199,7 +197,7 @@ class Initialization(Trick):
         self.where = None if where is None else check_patterns("where", where, empty=False)
         self.exclude = check_patterns("exclude", exclude, empty=True)
         self.gain, self.mode, self.std, self.bias, self.residual, self.tolerance = gain, mode, std, bias, residual, tolerance
-        self.seed = None if seed is None else check_count("seed", seed + 1) - 1
+        self.seed = None if seed is None else check_count("seed", seed, least=0)
         self.batches = check_count("batches", batches)
         self.pretrained = check_choice("pretrained", pretrained, ("refuse", "overwrite"))
         self.report: InitializedModel | None = None

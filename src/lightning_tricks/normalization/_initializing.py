@@ -216,8 +216,8 @@ def _zero_branches(model: nn.Module, flow: Flow, options: Options, tensors: Mapp
 def sign_of_training(model: nn.Module) -> str | None:
     """Return what shows that a model has been trained; None if nothing does.
 
-    The norms of a new model treat all channels alike: their scales, shifts and running statistics have one value each. Nothing but
-    training lets these differ.
+    The norms of a new model treat all channels alike: running statistics have one value each, and so have scales and shifts where there
+    are no statistics. (Some models draw the scales of BatchNorm at random.) Nothing but training lets these differ.
 
     Example:
         >>> norm = nn.BatchNorm1d(2)
@@ -228,9 +228,10 @@ def sign_of_training(model: nn.Module) -> str | None:
     tensors = named_tensors(model)
     for path, module in model.named_modules():
         if any("norm" in kind.__name__.lower() for kind in type(module).__mro__):
-            keys = [key for key in ("weight", "bias", "running_mean", "running_var") if isinstance(getattr(module, key, None), Tensor)]
+            statistics = isinstance(getattr(module, "running_mean", None), Tensor)
+            keys = ("running_mean", "running_var") if statistics else ("weight", "bias")
             for name in (plain_name(f"{path}.{key}".lstrip(".")) for key in keys):
-                part = own_part(tensors[name]) if name in tensors else torch.zeros(0)
+                part = own_part(tensors[name]) if name in tensors else torch.zeros(())
                 if part.ndim == 1 and part.numel() > 1 and not part.is_meta and not torch.equal(part, part[:1].expand_as(part)):
                     return f"{name!r} differs from channel to channel"
     return None
