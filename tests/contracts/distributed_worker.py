@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from contracts.cases import CASES, Case
 from contracts.cpu_strategies import CPUFSDPStrategy
-from contracts.harness import Loader, StepCheckpoints, assert_equal, make_trainer, weights
+from contracts.harness import Loader, StepCheckpoints, assert_equal, gathered, make_trainer, weights
 from lightning_tricks import errors
 from reference.batch_norm import population
 
@@ -46,13 +46,6 @@ def fit(callbacks, case: Case, **options):
     trainer = make_trainer([*callbacks, trained], devices=2, strategy=strategy, **options)
     trainer.fit(module, Loader(seed=RANK), Loader(2, seed=5 + RANK), ckpt_path=ckpt_path)
     return module, trained
-
-
-def gathered(values):
-    """Collect one object from each rank."""
-    everyone = [None, None]
-    torch.distributed.all_gather_object(everyone, values)
-    return everyone
 
 
 def check_ranks_agree(case: Case, folder: Path) -> None:

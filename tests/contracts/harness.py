@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 import os
+import runpy
 import shutil
+import signal
 import socket
-import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -18,8 +22,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 BATCHES = 5
 """Batches in an epoch."""
@@ -235,29 +238,78 @@ def fit(
     return run
 
 
+class Worker:
+    """A script that runs in a process of its own, which is forked where torch and Lightning are imported already."""
+
+    def __init__(self, script: Path, *arguments: object, environment: Mapping[str, str] | None = None) -> None:
+        self.output = Path(tempfile.mkstemp(dir=SCRATCH)[1])
+        given = (script, list(map(str, arguments)), environment or {}, self.output)
+        self.process = FORKS.Process(target=_run, args=given)
+        self.process.start()
+
+    def wait_for(self, step: int) -> int:
+        """Wait until it prints this number or a larger one, and return it; or the last it has printed, if it ends before."""
+        reached = 0
+        with self.output.open() as printed:
+            while reached < step:
+                alive = self.process.is_alive()
+                while line := printed.readline():
+                    reached = int(line) if line.strip().isdigit() else reached
+                if not alive:
+                    break
+                time.sleep(0.002)
+        return reached
+
+    def kill(self) -> None:
+        """Kill it in the middle of what it does."""
+        self.process.kill()
+        self.process.join(60)
+        assert self.process.exitcode == -signal.SIGKILL, self.output.read_text()[-3000:]
+
+    def finish(self) -> None:
+        """Wait for its end, and show what it printed if it failed."""
+        self.process.join(900)
+        assert self.process.exitcode == 0, self.output.read_text()[-3000:]
+
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["lightning_tricks", "lightning.pytorch.strategies", "torch.distributed.fsdp", "torch.distributed.checkpoint"])
+
+
+def _run(script: Path, arguments: Sequence[str], environment: Mapping[str, str], output: Path) -> None:
+    os.environ.update(environment)
+    with output.open("w") as printed:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(printed.fileno(), stream.fileno())
+    torch.set_num_threads(1)
+    sys.argv = [str(script), *arguments]
+    sys.path.insert(0, str(script.parent))
+    runpy.run_path(str(script), run_name="__main__")
+
+
 def launch(script: Path, folder: Path, *, processes: int) -> None:
     """Run a script on several processes that find each other as torchrun's do, and show what it printed if one fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "tests", "OMP_NUM_THREADS": "1"}
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "tests"}
     sizes = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "GROUP_RANK": "0"}
     running = [
-        subprocess.Popen(
-            [sys.executable, script, folder],
-            env={**os.environ, **shared, **sizes, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(processes)
+        Worker(script, folder, environment={**shared, **sizes, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(processes)
     ]
     try:
-        outputs = [process.communicate(timeout=900)[0] for process in running]
+        for each in running:
+            each.finish()
     finally:
-        for process in running:
-            process.kill()
-    assert [process.returncode for process in running] == [0] * processes, "\n".join(output[-3000:] for output in outputs)
+        for each in running:
+            each.process.kill()
+
+
+def gathered(values: Any) -> list[Any]:
+    """Collect one object from each of two ranks."""
+    everyone = [None, None]
+    torch.distributed.all_gather_object(everyone, values)
+    return everyone
 
 
 def assert_equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:

@@ -41,7 +41,7 @@ def main() -> None:
     for case in CASES:
         trick = case.make()
         for kind in filter(runs_here, ("fsdp1", "fsdp2")) if trick.follows_weights else ():
-            folders = [root / f"{case.trick.__name__}-{kind}-resumes_from_a_{layout}_checkpoint" for layout in ("full", "sharded")]
+            folders = [root / f"{case.trick.__name__}-{kind}" / layout for layout in ("full", "sharded")]
             full = torch.load(folders[0] / "step=7.ckpt", weights_only=True)
             resumed = Resumed()
             torch.manual_seed(0)

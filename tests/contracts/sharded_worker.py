@@ -9,10 +9,13 @@ import functools
 import json
 import os
 import sys
+import time
 import traceback
 import warnings
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -27,7 +30,10 @@ from torch.distributed.tensor import DTensor
 
 from contracts.cases import CASES, Case
 from contracts.cpu_strategies import CPUDeepSpeedStrategy, CPUFSDPStrategy
-from contracts.harness import Loader, StepCheckpoints, assert_equal, make_trainer
+from contracts.harness import Loader, StepCheckpoints, assert_equal, gathered, make_trainer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 RANK = int(os.environ.get("RANK", "0"))
 KINDS = ("fsdp1", "fsdp2", "zero1", "zero2", "zero3")
@@ -118,95 +124,128 @@ def statistics(module):
     return {name.replace("_fsdp_wrapped_module.", ""): value.clone() for name, value in module.named_buffers() if "running" in name}
 
 
-def gathered(values):
-    """Collect one object from each rank."""
-    everyone = [None, None]
-    torch.distributed.all_gather_object(everyone, values)
-    return everyone
-
-
 class Trained(Callback):
-    """Keeps the whole training weights after the latest batch, and this rank's statistics."""
+    """Keeps the whole training weights with which training starts and those after the latest batch, and this rank's statistics."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.started = whole(pl_module)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.weights, self.statistics = whole(pl_module), statistics(pl_module)
 
 
-def check_equals_ddp(case: Case, kind: str, folder: Path) -> None:
+@dataclass
+class Ended:
+    """What a fit leaves: the weights that trained, and those in the model; without the model, so that it can be kept for other checks."""
+
+    trained: dict[str, torch.Tensor]
+    trained_statistics: dict[str, torch.Tensor]
+    weights: dict[str, torch.Tensor]
+    statistics: dict[str, torch.Tensor]
+
+
+@dataclass
+class Runs:
+    """The fits of one trick under one strategy that several checks share."""
+
+    case: Case
+    kind: str
+    folder: Path
+    kept: dict[tuple[object, ...], Ended]
+
+    def acting(self, *, sharded: bool = False) -> Ended:
+        """Train with acting arguments, keep checkpoints of steps 7, 10 and 15, and the one of the end, written after the fit."""
+        folder = self.checkpoints(sharded=sharded)
+
+        def run():
+            module, trained = fit([self.case.make(), StepCheckpoints(folder, 7, 10, 15)], self.case, self.kind, sharded=sharded)
+            ended = self.ended(module, trained)
+            module.trainer.save_checkpoint(folder / "end.ckpt")
+            if self.kind == "fsdp2":
+                assert all(isinstance(parameter, DTensor) for parameter in module.parameters())
+                assert module.scale.to_local().numel() == (1 if RANK == 0 else 0)
+            return ended
+
+        return self._once((self.case.trick, self.kind, sharded), run)
+
+    def replicated(self) -> Ended:
+        """Train with acting arguments under DDP."""
+        return self._once((self.case.trick, "ddp"), lambda: self.ended(*fit([self.case.make()], self.case, "ddp")))
+
+    def plain(self) -> Ended:
+        """Train the model without any trick."""
+        return self._once((self.case.model, self.kind), lambda: self.ended(*fit([], self.case, self.kind)))
+
+    def checkpoints(self, *, sharded: bool) -> Path:
+        return self.folder / ("sharded" if sharded else "full")
+
+    @staticmethod
+    def ended(module, trained: Trained) -> Ended:
+        weights = whole(module)  # which first returns to shards what the last validation has gathered
+        return Ended(trained.weights, trained.statistics, weights, statistics(module))
+
+    def _once(self, key: tuple[object, ...], run: Callable[[], Ended]) -> Ended:
+        if key not in self.kept:
+            self.kept[key] = run()
+        return self.kept[key]
+
+
+def check_equals_ddp(runs: Runs) -> None:
     """Sharded and replicated runs train and act alike, and something acts."""
-    module, trained = fit([case.make()], case, kind)
-    ended = whole(module)  # which returns to shards what the last validation has gathered
-    if kind == "fsdp2":
-        assert all(isinstance(parameter, DTensor) for parameter in module.parameters())
-        assert module.scale.to_local().numel() == (1 if RANK == 0 else 0)
-    twin, twin_trained = fit([case.make()], case, "ddp")
-    for one, other in ((trained.weights, twin_trained.weights), (ended, whole(twin))):
-        for name, value in one.items():
-            torch.testing.assert_close(value, other[name], msg=name)
-    raw = {**trained.weights, **trained.statistics}
-    if "lends" not in case.skips:
-        assert any(not torch.equal(value, raw[name]) for name, value in {**ended, **statistics(module)}.items())
-    if "pooled" not in case.skips:
-        assert_equal(*gathered(statistics(module)))
-        for name, value in statistics(module).items():
-            torch.testing.assert_close(value, statistics(twin)[name], msg=name)
+    one, twin = runs.acting(), runs.replicated()
+    for mine, its in ((one.trained, twin.trained), (one.weights, twin.weights)):
+        for name, value in mine.items():
+            torch.testing.assert_close(value, its[name], msg=name)
+    raw = {**one.trained, **one.trained_statistics}
+    if "lends" not in runs.case.skips:
+        assert any(not torch.equal(value, raw[name]) for name, value in {**one.weights, **one.statistics}.items())
+    if "pooled" not in runs.case.skips:
+        assert_equal(*gathered(one.statistics))
+        for name, value in one.statistics.items():
+            torch.testing.assert_close(value, twin.statistics[name], msg=name)
 
 
-def check_neutral_is_nothing(case: Case, kind: str, folder: Path) -> None:
-    """Neutral arguments change nothing."""
-    module, trained = fit([case.trick(**case.neutral)], case, kind)
-    plain, plainly = fit([], case, kind)
-    assert_equal(trained.weights, plainly.weights)
-    assert_equal(whole(module), whole(plain))
-    if "neutral" not in case.skips:
-        assert_equal(statistics(module), statistics(plain))
+def check_neutral_is_nothing(runs: Runs) -> None:
+    """Neutral arguments change nothing, and acting ones something."""
+    neutral, plain = runs.ended(*fit([runs.case.trick(**runs.case.neutral)], runs.case, runs.kind)), runs.plain()
+    assert_equal(neutral.trained, plain.trained)
+    assert_equal(neutral.weights, plain.weights)
+    if "neutral" not in runs.case.skips:
+        assert_equal(neutral.statistics, plain.statistics)
 
 
-def _resume(case: Case, kind: str, folder: Path, *, sharded: bool) -> None:
-    keep = StepCheckpoints(folder, 7, 10, 15)
-    module, trained = fit([case.make(), keep], case, kind, sharded=sharded)
-    ended = whole(module)
-    for step in (7, 10):
-        path = folder / f"step={step}.ckpt"
-        assert path.is_dir() == (sharded or "zero" in kind)
-        again, retrained = fit([case.make()], case, kind, ckpt_path=path, sharded=sharded)
-        assert_equal(trained.weights, retrained.weights)
-        assert_equal(ended, whole(again))
+def _resume(runs: Runs, step: int, *, sharded: bool) -> None:
+    whole_run = runs.acting(sharded=sharded)
+    path = runs.checkpoints(sharded=sharded) / f"step={step}.ckpt"
+    assert path.is_dir() == (sharded or "zero" in runs.kind)
+    resumed = runs.ended(*fit([runs.case.make()], runs.case, runs.kind, ckpt_path=path, sharded=sharded))
+    assert_equal(whole_run.trained, resumed.trained)
+    assert_equal(whole_run.weights, resumed.weights)
 
 
-def check_resumes_from_a_full_checkpoint(case: Case, kind: str, folder: Path) -> None:
-    """A resumed run equals one that never stopped; and a file loads into the plain model."""
-    _resume(case, kind, folder, sharded=False)
-    if "zero" not in kind:
-        checkpoint = torch.load(folder / "step=15.ckpt", weights_only=True)
-        case.model().load_state_dict({name: value for name, value in checkpoint["state_dict"].items() if name != "scale"})
+def check_resumes_in_the_middle_of_an_epoch(runs: Runs) -> None:
+    """A resumed run equals one that never stopped; under FSDP from a full checkpoint, whose weights load into the plain model."""
+    _resume(runs, 7, sharded=False)
+    if "zero" not in runs.kind:
+        checkpoint = torch.load(runs.checkpoints(sharded=False) / "step=15.ckpt", weights_only=True)
+        runs.case.model().load_state_dict({name: value for name, value in checkpoint["state_dict"].items() if name != "scale"})
 
 
-def check_resumes_from_a_sharded_checkpoint(case: Case, kind: str, folder: Path) -> None:
-    """A resumed run equals one that never stopped."""
-    if "zero" not in kind:  # whose checkpoints are all of one kind
-        _resume(case, kind, folder, sharded=True)
+def check_resumes_at_the_end_of_an_epoch(runs: Runs) -> None:
+    """A resumed run equals one that never stopped; under FSDP from a sharded checkpoint. DeepSpeed's are all of one kind."""
+    _resume(runs, 10, sharded="zero" not in runs.kind)
 
 
-class Started(Callback):
-    """Keeps the whole weights with which training starts."""
-
-    def on_train_start(self, trainer, pl_module):
-        self.weights = whole(pl_module)
-
-
-def check_resumes_what_is_saved_after_the_fit(case: Case, kind: str, folder: Path) -> None:
+def check_resumes_what_is_saved_after_the_fit(runs: Runs) -> None:
     """A checkpoint of the end, when the model may hold other weights than those that trained, has both."""
-    module, trained = fit([case.make()], case, kind)
-    ended, started = whole(module), Started()
-    module.trainer.save_checkpoint(folder / "end.ckpt")
-    again, _ = fit([case.make()], case, kind, ckpt_path=folder / "end.ckpt")
-    assert_equal(ended, whole(again))
-    fit([case.make(), started], case, kind, max_epochs=4, ckpt_path=folder / "end.ckpt")
-    assert_equal(trained.weights, started.weights)
+    ended, path = runs.acting(), runs.checkpoints(sharded=False) / "end.ckpt"
+    again, _ = fit([runs.case.make()], runs.case, runs.kind, ckpt_path=path)
+    assert_equal(ended.weights, whole(again))
+    _, longer = fit([runs.case.make()], runs.case, runs.kind, max_epochs=4, ckpt_path=path)
+    assert_equal(ended.trained, longer.started)
 
 
-def check_exception_returns_training_weights(case: Case, kind: str, folder: Path) -> None:
+def check_exception_returns_training_weights(runs: Runs) -> None:
     """An exception in validation leaves the training weights in the shards."""
 
     class Fails(Callback):
@@ -214,7 +253,7 @@ def check_exception_returns_training_weights(case: Case, kind: str, folder: Path
             if not trainer.sanity_checking:
                 raise RuntimeError("in validation")  # noqa: EM101, TRY003
 
-    module, trained = fit([case.make(), Fails()], case, kind, fails="in validation")
+    module, trained = fit([runs.case.make(), Fails()], runs.case, runs.kind, fails="in validation")
     assert_equal(whole(module), trained.weights)
 
 
@@ -225,18 +264,18 @@ def main() -> None:
     """Run every check over every trick and every strategy, and write down what failed."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    root, results = Path(sys.argv[1]), {}
+    root, results, kept = Path(sys.argv[1]), {}, {}
     for case in CASES:
         for kind in (kind for kind in KINDS if runs_here(kind) and not ("zero" in kind and "deepspeed" in case.skips)):
+            runs = Runs(case, kind, root / f"{case.trick.__name__}-{kind}", kept)
             for check in CHECKS:
-                key = f"{case.trick.__name__}-{kind}-{check.__name__.removeprefix('check_')}"
-                folder = root / key
-                folder.mkdir(exist_ok=True)
+                key, start = f"{case.trick.__name__}-{kind}-{check.__name__.removeprefix('check_')}", time.perf_counter()
                 try:
-                    check(case, kind, folder)
+                    check(runs)
                     results[key] = "passed"
                 except Exception:  # noqa: BLE001  # whatever it is, the parent process shows it
                     results[key] = traceback.format_exc()
+                print(f"{time.perf_counter() - start:6.2f} s  {key}", flush=True)  # noqa: T201  # shown if the worker fails
                 (root / f"{RANK}.json").write_text(json.dumps(results))
 
 

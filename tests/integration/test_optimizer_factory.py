@@ -402,11 +402,11 @@ def test_an_optimizer_may_have_no_learning_rate_but_then_it_has_no_schedule(tmp_
 
 
 def test_flat_parameters_are_refused():
-    class Flat(pl.strategies.SingleDeviceStrategy):
+    class FSDPStrategy(pl.strategies.SingleDeviceStrategy):
         kwargs = {"use_orig_params": False}  # noqa: RUF012
 
-    with pytest.raises(errors.UnsupportedStrategyError, match="Leave `use_orig_params` at True"):
-        fit(lt.OptimizerFactory(SGD), strategy=Flat("cpu"))
+    with pytest.raises(errors.UnsupportedStrategyError, match="Pass `use_orig_params=True`"):
+        fit(lt.OptimizerFactory(SGD), strategy=FSDPStrategy("cpu"))
 
 
 # Attached to a module
