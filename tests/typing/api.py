@@ -20,6 +20,24 @@ trainer = L.Trainer(
         lt.BatchNormRefresh(20, on="validation", where=["body.*"], exclude="*.bn1", name="slow"),
         lt.WeightDecay(0.01),
         lt.StochasticDepth(0.1),
+        lt.ActivationSwap("relu", "gelu"),
+        lt.ActivationSwap(["relu", nn.Tanh], nn.LeakyReLU(0.2), where=["body.*"], exclude="head", name="slow"),
+        lt.Initialization("kaiming_normal"),
+        lt.Initialization(
+            "lsuv",
+            where="head",
+            exclude=["*.bias"],
+            gain=1.0,
+            mode="fan_out",
+            std=0.01,
+            bias="keep",
+            residual="zero",
+            seed=3,
+            batches=2,
+            tolerance=0.1,
+            pretrained="overwrite",
+            name="slow",
+        ),
         lt.StochasticDepth(
             schedules.Linear(0.1, final=0.2), where=["layer*.?"], exclude="head", mode="batch", growth="uniform", name="slow"
         ),
@@ -49,6 +67,10 @@ best: Path = soup.members[0]
 functional.decay_weights_(model.parameters(), 0.01, mode="l2")
 share: float = functional.ema_decay(3, 0.9, warmup=10)
 used: int = functional.refresh_batch_norm(nn.BatchNorm1d(2), [torch.randn(4, 2)], batches=1)
+swapped: Mapping[str, str] = functional.swap_activation(model, "relu", nn.GELU, where="body").swapped
+alpha: Mapping[str, float] = functional.make_self_normalizing(model, source=["relu"], seed=0).dropouts
+drawn = functional.initialize(model, "lsuv", batches=[torch.zeros(2, 2)], forward=model, tolerance=0.1)
+spread: float | None = drawn.layers["0"].after
 every_schedule: list[schedules.Schedule] = [
     schedules.Constant(0.5, warmup=100),
     schedules.Linear(0.0, final=0.5, stop="50%"),
@@ -100,6 +122,10 @@ lt.LatestWeightAveraging(5, "1 epoch")  # type: ignore[call-arg]
 posthoc.synthesize(0.1, 1000)  # type: ignore[call-arg]
 lt.PostHocEMA(sigma_rel=0.1)  # type: ignore[arg-type]
 lt.StochasticDepth(0.1, mode="row")  # type: ignore[arg-type]
+lt.ActivationSwap("relu", 3)  # type: ignore[arg-type]
+lt.ActivationSwap("relu", "gelu", "body")  # type: ignore[call-arg]
+lt.Initialization("he")  # type: ignore[arg-type]
+lt.Initialization("lsuv", residual="one")  # type: ignore[arg-type]
 lt.WeightDecay(0.1, mode="l3")  # type: ignore[arg-type]
 lt.WeightDecay(0.1, skip="biases")  # type: ignore[arg-type]
 lt.WeightDecay(0.1, "l2")  # type: ignore[call-arg]

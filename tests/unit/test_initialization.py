@@ -495,5 +495,21 @@ def test_layers_that_are_built_later_are_initialized():
     torch.testing.assert_close(run.module.head.weight @ run.module.head.weight.T, torch.eye(3))
 
 
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("late", [False, True])
+def test_gains_are_those_of_swapped_activations_in_any_order(order, late):
+    class Late(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = None if late else self.body
+
+        def configure_model(self) -> None:
+            self.body = self.body or Net().body
+
+    trick = lt.Initialization("kaiming_normal", where="body.0")
+    fit([trick, lt.ActivationSwap("relu", "gelu")][::order], Late, max_steps=0)
+    assert trick.report.layers["body.0"].activation == "gelu"
+
+
 def test_every_matrix_of_the_model_is_found_once():
     assert list(find_matrices(Net())) == ["body.0.weight", "neck.weight", "head.weight", "frozen.weight"]

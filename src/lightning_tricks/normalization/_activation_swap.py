@@ -342,6 +342,10 @@ class ActivationSwap(Trick):
             pl_module.log(f"{self.log_prefix}/swapped", float(self._count))
 
     @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._patches.undo()
+
+    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._patches.undo()
 

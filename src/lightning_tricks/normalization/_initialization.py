@@ -117,7 +117,7 @@ def initialize(
         {'0': 1.0, '2': 1.0}
     """
     options = Options(scheme, where, exclude, gain, mode, std, bias, residual, tolerance)
-    number = int(torch.randint(2**31, ()).item()) if seed is None else check_count("seed", seed, least=0)
+    number = int(torch.randint(2**31, (), device="cpu").item()) if seed is None else check_count("seed", seed, least=0)
     return run_initialization(model, options, number, batches, forward or partial(call_with, model), trick=_FUNCTION)
 
 
@@ -214,12 +214,17 @@ class Initialization(Trick):
         if self.state_key in _BEGUN.get(pl_module, ()) and self.pretrained == "refuse":
             rank_zero_info(f"{self!r} leaves {type(pl_module).__name__} as an earlier fit has trained it.")
             return
+        patches = Patches()
         if self.scheme == "lsuv":
             refuse_strategies(trainer, repr(self), _NO_MEASURING)
-            patches = Patches()
             patches.wrap(trainer.fit_loop, "on_run_start", lambda run: partial(self._measure, trainer, pl_module, run))
-            self._patches.append(patches)
-        self._patches.append(when_built(pl_module, self._operate, trick=repr(self), function=_FUNCTION, creates=False))
+        # After every callback's `setup`, so that what others swap is there, whatever the order of the list.
+        patches.wrap(pl_module, "setup", lambda own: partial(self._after_setup, pl_module, own))
+        self._patches.append(patches)
+
+    def _after_setup(self, module: LightningModule, setup: Callable[[str], None], stage: str) -> None:
+        setup(stage)
+        self._patches.append(when_built(module, self._operate, trick=repr(self), function=_FUNCTION, creates=False))
 
     def _operate(self, module: LightningModule) -> None:
         sign = sign_of_training(module)
@@ -263,6 +268,10 @@ class Initialization(Trick):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int) -> None:
         if logs_now(trainer) and self.report is not None:
             pl_module.log(f"{self.log_prefix}/layers", float(len(self.report.layers) + len(self.report.zeroed)))
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._undo()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -137,7 +137,7 @@ def reason_to_leave(matrix: Matrix, *, embeddings: bool) -> str:
 
 def generators(names: Sequence[str], seed: int) -> dict[str, torch.Generator]:
     """Return a generator for each layer, which depends on its place among all and on no other layer's draws."""
-    seeds = torch.randint(2**31, (len(names),), generator=torch.Generator().manual_seed(seed)).tolist()
+    seeds = torch.randint(2**31, (len(names),), generator=torch.Generator().manual_seed(seed), device="cpu").tolist()
     return {name: torch.Generator().manual_seed(each) for name, each in zip(names, seeds, strict=True)}
 
 

@@ -66,7 +66,7 @@ class Draw:
 
     def matrix(self, matrix: Matrix, shape: torch.Size, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
         """Draw a weight."""
-        pieces = [torch.empty((shape[0] // matrix.pieces, *shape[1:]), dtype=dtype) for _ in range(matrix.pieces)]
+        pieces = [torch.empty((shape[0] // matrix.pieces, *shape[1:]), dtype=dtype, device="cpu") for _ in range(matrix.pieces)]
         for piece in pieces:
             self._fill(piece.T if matrix.transposed else piece, matrix, generator)
         return torch.cat(pieces)
@@ -99,6 +99,6 @@ def activation_gain(kind: str | None, function: Callable[[Tensor], Tensor] | Non
         return float(nn.init.calculate_gain(kind, negative_slope if kind == "leaky_relu" else None))  # type: ignore[arg-type]
     if kind is None or function is None or kind == "hardsigmoid":
         return 1.0
-    z = torch.linspace(-10.0, 10.0, 20001, dtype=torch.float64)
+    z = torch.linspace(-10.0, 10.0, 20001, dtype=torch.float64, device="cpu")
     density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
     return float(torch.trapezoid(function(z.clone()).square() * density, z) ** -0.5)
