@@ -223,6 +223,18 @@ def test_functions_in_attributes_are_replaced_where_that_is_sound():
     torch.testing.assert_close(model(x), expected)
 
 
+def test_the_function_within_an_activation_is_not_another_one():
+    class GELUActivation(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act = functional.gelu
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(x)
+
+    assert list(swap_activation(nn.Sequential(GELUActivation()), "gelu", "relu").swapped) == ["0"]
+
+
 def test_what_code_calls_by_itself_and_what_works_in_place_is_reported():
     model = nn.Sequential(Holds(), nn.SiLU())
     report = swap_activation(model, ["silu", "relu"], "gelu")
