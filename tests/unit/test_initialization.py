@@ -235,6 +235,21 @@ def test_branches_begin_at_zero_by_their_norm_or_their_last_layer():
     torch.testing.assert_close(transformer(x), x)
 
 
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(9, 8), nn.Embedding(4, 8)
+        self.block = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.words(x) + self.places(torch.arange(x.shape[1])))
+
+
+def test_a_sum_of_embeddings_is_no_branch():
+    report = initialize(Tokens(), "keep", residual="zero")
+    assert [name for name in report.zeroed if "weight" in name] == ["block.self_attn.out_proj.weight", "block.linear2.weight"]
+
+
 def test_zero_needs_a_branch_that_where_and_exclude_leave():
     with pytest.raises(errors.NothingMatchedError, match="found no residual branch to begin at zero in Sequential"):
         initialize(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), "keep", residual="zero")

@@ -121,7 +121,8 @@ def run_initialization(
     kaiming = options.scheme.startswith("kaiming") and options.gain is None
     flow = Flow()
     if kaiming or options.residual == "zero":
-        flow = examine_flow(model, set(everything), example=first_of(given[0]) if given else None)
+        used = {name for name, matrix in everything.items() if not matrix.embedding}
+        flow = examine_flow(model, used, example=first_of(given[0]) if given else None)
     following = _completed(model, flow, everything) if kaiming else {}
     layers = {}
     draws = generators(list(everything), seed)
