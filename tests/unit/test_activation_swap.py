@@ -146,12 +146,15 @@ def test_where_and_exclude_choose_by_any_name_of_a_shared_module():
 
 
 def test_swapping_twice_swaps_once_and_the_same_changes_nothing():
-    model = nn.Sequential(nn.ReLU(inplace=True), nn.LeakyReLU(0.2))
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.LeakyReLU(0.2), nn.TransformerEncoderLayer(2, 1, 2))
+    with pytest.raises(errors.NothingMatchedError, match="Sequential has 'leaky_relu', 'relu'"):
+        swap_activation(model, "silu", "relu")  # which is there, but not in the place of another
     swap_activation(model, "relu", "gelu")
+    model = pickle.loads(pickle.dumps(copy.deepcopy(model)))  # noqa: S301
     first = list(model)
     assert swap_activation(model, "relu", "gelu").swapped == {}
     report = swap_activation(model, "gelu", "gelu")
-    assert report.left == {"0": "it is GELU(approximate='none') already"}
+    assert report.left == {"0": "it is GELU(approximate='none') already", "2.activation": "it is gelu already"}
     assert all(one is other for one, other in zip(model, first, strict=True))
     assert list(swap_activation(model, "leaky_relu", "leaky_relu").swapped) == ["1"]  # torch's slope in the place of another
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Source", "SwappedActivations", "run_swap"]
 
+_MARK = "_activations_swapped_in"  # an attribute that marks a module, or names the attributes of one, so that a second swap knows
+
 
 @dataclass(frozen=True)
 class SwappedActivations:
@@ -98,26 +100,26 @@ class _Place:
     value: Any
     path: str  # of the module, as the model itself calls it
     aliases: Sequence[str]
-    replaced: bool  # whether it is of the source, and not of the target alone
+    replaced: bool  # whether it is of the source, and not what an earlier swap has put there
     owner: nn.Module | None = None
     key: str = ""
 
 
 def _places(model: nn.Module, source: Source, like: nn.Module) -> dict[str, _Place]:
-    """Return what is of the source, and what is of the target already, by name."""
+    """Return what is of the source, and what an earlier swap for the same target has put there, by name."""
     found: dict[str, _Place] = {}
     paths: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(id(module), []).append(path)
     function = as_function(like)
     for path, module in model.named_modules():
-        replaced = source.has(module)
-        if path and (replaced or _says(module) == _says(like)):
+        replaced, marks = source.has(module), vars(module).get(_MARK, ())
+        if path and (replaced or ("" in marks and _says(module) == _says(like))):
             aliases = [plain_name(each) for each in paths[id(module)]]
             found[aliases[0]] = _Place(module, path, aliases, replaced)
         for key, value in vars(module).items() if kind_of(module) is None else ():
             replaced = kind_of_function(value) in source.kinds
-            if not key.startswith("_") and (replaced or (kind_of_function(value) and _title(value) == _title(function))):
+            if not key.startswith("_") and (replaced or (key in marks and _title(value) == _title(function))):
                 name = plain_name(f"{path}.{key}".lstrip("."))
                 found[name] = _Place(value, path, [name], replaced, module, key)
     return found
@@ -128,6 +130,7 @@ def _swap_module(old: nn.Module, new: nn.Module, model: nn.Module) -> str | None
     if _says(old) == _says(new):
         return f"it is {old!r} already"
     replace_module(model, old, new)
+    vars(new)[_MARK] = ("",)
     for parent in model.modules():
         if new in parent._modules.values():
             _tell(parent, new)
@@ -160,6 +163,8 @@ def _swap_function(place: _Place, make: Maker, model: nn.Module) -> str | None:
     if _title(place.value).endswith("_"):
         return "it changes its argument in place, and its result may not be used"
     setattr(place.owner, place.key, new if function is None else function)
+    marked = place.owner if function is not None else new
+    vars(marked)[_MARK] = (*vars(marked).get(_MARK, ()), place.key if function is not None else "")
     _tell(place.owner, new)
     return None
 

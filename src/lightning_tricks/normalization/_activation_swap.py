@@ -52,11 +52,11 @@ def swap_activation(
 
     Raises:
         ArgumentError: If an argument lies outside its domain.
-        NothingMatchedError: If the model has neither source nor target, or `where` and `exclude` leave none.
+        NothingMatchedError: If the model has no such activation, or `where` and `exclude` leave none.
         UnsupportedStrategyError: If the target has parameters and the model is sharded already.
 
     Note:
-        What is of the target already is left as it is, so that a second call does nothing more. A target with parameters, ``"prelu"``,
+        A second call for the same target finds what the first has put there, and does nothing more. A target with parameters, ``"prelu"``,
         adds them to the model's keys; all others keep the keys.
 
     Example:
@@ -85,7 +85,7 @@ class ActivationSwap(Trick):
 
     Raises:
         ArgumentError: If an argument lies outside its domain.
-        NothingMatchedError: At setup, if the model has neither source nor target, or `where` and `exclude` leave none.
+        NothingMatchedError: At setup, if the model has no such activation, or `where` and `exclude` leave none.
         UnsupportedStrategyError: At setup, if the target has parameters and `configure_model` shards the layers as it builds them.
 
     Note:
