@@ -10,8 +10,10 @@ from lightning_tricks.averaging._polyak_averaging import PolyakAveraging
 from lightning_tricks.averaging._post_hoc_ema import PostHocEMA
 from lightning_tricks.data._input_standardization import InputStandardization
 from lightning_tricks.data._target_standardization import TargetStandardization
+from lightning_tricks.normalization._activation_swap import ActivationSwap
 from lightning_tricks.normalization._batch_norm_freeze import BatchNormFreeze
 from lightning_tricks.normalization._batch_norm_refresh import BatchNormRefresh
+from lightning_tricks.normalization._initialization import Initialization
 from lightning_tricks.normalization._norm_swap import NormSwap
 from lightning_tricks.optimization._optimizer_factory import OptimizerFactory
 from lightning_tricks.optimization._weight_decay import WeightDecay
@@ -23,12 +25,14 @@ from lightning_tricks.stochastic._stochastic_depth import StochasticDepth
 
 __all__ = [
     "EMA",
+    "ActivationSwap",
     "BatchNormFreeze",
     "BatchNormRefresh",
     "DropBlock",
     "Dropout",
     "FeatureNoise",
     "FractionalMaxPool",
+    "Initialization",
     "InputStandardization",
     "LatestWeightAveraging",
     "NormSwap",

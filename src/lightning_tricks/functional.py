@@ -10,10 +10,13 @@ from lightning_tricks.data._input_standardization import standardize_inputs
 from lightning_tricks.data._standardizer import remove_standardization
 from lightning_tricks.data._statistics import StandardizationStatistics, standardization_statistics, whitening_matrix
 from lightning_tricks.data._target_standardization import standardize_targets
+from lightning_tricks.normalization._activation_swap import swap_activation
 from lightning_tricks.normalization._batch_norm_fold import FoldReport, fold_batch_norm
 from lightning_tricks.normalization._batch_norm_refresh import refresh_batch_norm
+from lightning_tricks.normalization._initialization import initialize
 from lightning_tricks.normalization._insert_norm import insert_norm
 from lightning_tricks.normalization._norm_swap import swap_norm
+from lightning_tricks.normalization._self_normalizing import make_self_normalizing
 from lightning_tricks.normalization._weight_normalization import apply_weight_normalization, remove_weight_normalization
 from lightning_tricks.normalization._weight_standardization import apply_weight_standardization, remove_weight_standardization
 from lightning_tricks.optimization._decay import decay_weights_
@@ -43,7 +46,9 @@ __all__ = [
     "ema_update_",
     "fold_batch_norm",
     "greedy_soup",
+    "initialize",
     "insert_norm",
+    "make_self_normalizing",
     "mc_dropout",
     "power_ema_decay",
     "power_ema_gamma",
@@ -60,6 +65,7 @@ __all__ = [
     "standardization_statistics",
     "standardize_inputs",
     "standardize_targets",
+    "swap_activation",
     "swap_norm",
     "synthesize_ema",
     "uniform_soup",

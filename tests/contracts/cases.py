@@ -501,4 +501,79 @@ CASES = [
             "pooled": "statistics of normalization layers are left to training",
         },
     ),
+    Case(
+        lt.ActivationSwap,
+        acting={"source": ["relu", "tanh"], "target": "gelu"},
+        neutral={"source": "tanh", "target": "tanh"},
+        wrong=(
+            ({"source": "rleu", "target": "gelu"}, "`source` must be one of 'relu', 'relu6', 'leaky_relu',"),
+            ({"source": [], "target": "gelu"}, "or several of these, got []"),
+            ({"source": "relu", "target": "torch.nn.Nothing"}, "or the path of a module's class, got 'torch.nn.Nothing'"),
+            ({"source": "relu", "target": "leaky_relu(0.2)"}, "such as 'leaky_relu(negative_slope=0.2)', got 'leaky_relu(0.2)'"),
+            ({"source": "relu", "target": "elu(slope=2)"}, "`target` must have settings that its class takes, got 'elu(slope=2)'"),
+            ({"source": "relu", "target": "quick_gelu"}, "`target` must be an activation that torch has as a module"),
+            (
+                {"source": "relu", "target": 3},
+                "`target` must be the name of an activation, such as 'gelu', or a module or its class, got 3",
+            ),
+            ({"source": "relu", "target": "gelu", "where": ""}, "`where` must be a glob over qualified names"),
+            ({"source": "relu", "target": "gelu", "exclude": [None]}, "`exclude` must be a glob"),
+            ({"source": "relu", "target": "gelu", "name": "two words"}, "`name` must be a word"),
+        ),
+        nothing_matched=(
+            (
+                {"source": "elu", "target": "selu"},
+                "found no activation: ResidualNet has 'relu', 'tanh'. Name one that is there as `source`.",
+            ),
+            (
+                {"where": "head"},
+                "`where='head'` matched none of ResidualNet's 3. Their names look like 'body.2', 'blocks.0.branch.2', 'blocks.1.branch.2'.",
+            ),
+            ({"exclude": "*"}, "`exclude='*'` removed all 3"),
+        ),
+        model=ResidualNet,
+        skips={
+            "types": "other activations are what it is for; keys and parameters stay",
+            "lends": "another activation changes what is trained, and evaluations see that",
+            "pooled": "statistics of normalization layers are left to training",
+            "remove": "the weights belong to the new activations, which therefore stay",
+        },
+    ),
+    Case(
+        lt.Initialization,
+        acting={"scheme": "kaiming_normal"},
+        neutral={"scheme": "keep"},
+        wrong=(
+            ({"scheme": "he"}, "`scheme` must be one of 'keep', 'xavier_uniform', 'xavier_normal',"),
+            *(
+                ({"scheme": "lsuv", **arguments}, words)
+                for arguments, words in (
+                    ({"gain": 0}, "`gain` must lie in (0, ∞), got 0."),
+                    ({"mode": "in"}, "`mode` must be one of 'fan_in', 'fan_out', got 'in'"),
+                    ({"std": -0.1}, "`std` must lie in (0, ∞), got -0.1."),
+                    ({"bias": "one"}, "`bias` must be one of 'zero', 'keep', got 'one'"),
+                    ({"residual": 0}, "`residual` must be one of 'keep', 'zero', got 0"),
+                    ({"seed": -1}, "`seed` must be a whole number of at least 0, got -1."),
+                    ({"seed": "0"}, "got '0'"),
+                    ({"batches": 0}, "`batches` must be a whole number of at least 1, got 0."),
+                    ({"tolerance": 1.0}, "`tolerance` must lie in (0, 1), got 1.0."),
+                    ({"pretrained": "keep"}, "`pretrained` must be one of 'refuse', 'overwrite', got 'keep'"),
+                    ({"where": ""}, "`where` must be a glob over qualified names"),
+                    ({"exclude": [None]}, "`exclude` must be a glob"),
+                    ({"name": "two words"}, "`name` must be a word"),
+                )
+            ),
+        ),
+        nothing_matched=(
+            ({"where": "haed"}, "`where='haed'` matched none of Net's 4. Their names look like 'body.0', 'neck', 'head'."),
+            ({"exclude": "*"}, "`exclude='*'` removed all 4"),
+            ({"where": "frozen"}, "all 1 are left ('frozen': it is frozen). Select others."),
+            ({"residual": "zero"}, "found no residual branch to begin at zero in Net"),
+        ),
+        skips={
+            "lends": "it acts before training, and evaluations see what was trained",
+            "pooled": "statistics of normalization layers are left to training",
+            "remove": "weights have been trained since, and those from before are gone",
+        },
+    ),
 ]

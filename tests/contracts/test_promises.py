@@ -54,7 +54,8 @@ def test_keys_and_types_are_those_of_the_plain_model(case: Case, plain, tmp_path
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert list(checkpoint["state_dict"]) == list(plain.module.state_dict())
     assert [name for name, _ in run.module.named_parameters()] == [name for name, _ in plain.module.named_parameters()]
-    assert [type(module) for module in run.module.modules()] == [type(module) for module in plain.module.modules()]
+    if "types" not in case.skips:
+        assert [type(module) for module in run.module.modules()] == [type(module) for module in plain.module.modules()]
     case.model().load_state_dict(checkpoint["state_dict"], strict=True)
 
 

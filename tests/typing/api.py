@@ -23,6 +23,24 @@ trainer = L.Trainer(
         lt.NormSwap("batch", "group", where=["body.*"], exclude="stem", groups="16 channels", calibrate=4, name="slow"),
         lt.NormSwap("layer", "ghost", ghost_size=16),
         lt.StochasticDepth(0.1),
+        lt.ActivationSwap("relu", "gelu"),
+        lt.ActivationSwap(["relu", nn.Tanh], nn.LeakyReLU(0.2), where=["body.*"], exclude="head", name="slow"),
+        lt.Initialization("kaiming_normal"),
+        lt.Initialization(
+            "lsuv",
+            where="head",
+            exclude=["*.bias"],
+            gain=1.0,
+            mode="fan_out",
+            std=0.01,
+            bias="keep",
+            residual="zero",
+            seed=3,
+            batches=2,
+            tolerance=0.1,
+            pretrained="overwrite",
+            name="slow",
+        ),
         lt.StochasticDepth(
             schedules.Linear(0.1, final=0.2), where=["layer*.?"], exclude="head", mode="batch", growth="uniform", name="slow"
         ),
@@ -100,6 +118,10 @@ whitening: torch.Tensor = functional.whitening_matrix(torch.eye(2), mode="pca", 
 functional.standardize_inputs(model, measured, whitening="zca", argument="input")
 functional.standardize_targets(model, {"mean": torch.zeros(2), "variance": torch.ones(2), "count": 5}, output=None)
 functional.remove_standardization(model)
+swapped: Mapping[str, str] = functional.swap_activation(model, "relu", nn.GELU, where="body").swapped
+alpha: Mapping[str, float] = functional.make_self_normalizing(model, source=["relu"], seed=0).dropouts
+drawn = functional.initialize(model, "lsuv", batches=[torch.zeros(2, 2)], forward=model, tolerance=0.1)
+spread: float | None = drawn.layers["0"].after
 every_schedule: list[schedules.Schedule] = [
     schedules.Constant(0.5, warmup=100),
     schedules.Linear(0.0, final=0.5, stop="50%"),
@@ -164,6 +186,10 @@ lt.FractionalMaxPool(schedules.Linear())  # type: ignore[arg-type]
 lt.Dropout(0.1, kind="spatial")  # type: ignore[arg-type]
 lt.Dropout(0.1, "GELU")  # type: ignore[call-arg]
 functional.mc_dropout(model, torch.zeros(2), task="regression").entropy  # type: ignore[attr-defined]  # noqa: B018
+lt.ActivationSwap("relu", 3)  # type: ignore[arg-type]
+lt.ActivationSwap("relu", "gelu", "body")  # type: ignore[call-arg]
+lt.Initialization("he")  # type: ignore[arg-type]
+lt.Initialization("lsuv", residual="one")  # type: ignore[arg-type]
 lt.WeightDecay(0.1, mode="l3")  # type: ignore[arg-type]
 lt.WeightDecay(0.1, skip="biases")  # type: ignore[arg-type]
 lt.WeightDecay(0.1, "l2")  # type: ignore[call-arg]

@@ -36,10 +36,10 @@ def check_in_unit_interval(name: str, value: float) -> float:
     return float(check_in_interval(name, value, "[0, 1]"))
 
 
-def check_count(name: str, value: int) -> int:
-    """Accept a whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        msg = f"`{name}` must be a whole number of at least 1, got {value!r}."
+def check_count(name: str, value: int, *, least: int = 1) -> int:
+    """Accept a whole number of at least 1, or of at least another one."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        msg = f"`{name}` must be a whole number of at least {least}, got {value!r}."
         raise ArgumentError(msg)
     return int(value)
 

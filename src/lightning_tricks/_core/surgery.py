@@ -121,7 +121,9 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
         parent._modules[name] = new
 
 
-def when_built(module: LightningModule, operate: Callable[[LightningModule], None], *, trick: str, function: str) -> Patches:
+def when_built(
+    module: LightningModule, operate: Callable[[LightningModule], None], *, trick: str, function: str, creates: bool = True
+) -> Patches:
     """Change a model in `Callback.setup`, or as soon as it has built its layers, before its optimizers and wrappers hold its parameters.
 
     Where nothing that matches is there yet, and the module has hooks that build layers, the change waits for the end of
@@ -132,6 +134,7 @@ def when_built(module: LightningModule, operate: Callable[[LightningModule], Non
         operate: Changes it; raises NothingMatchedError if there is nothing to change.
         trick: How errors name who changes it.
         function: The function that does the same, for users who shard in `configure_model`.
+        creates: Whether parameters are created, which must not happen to a model that is sharded.
 
     Returns:
         What is to be undone at the end of the fit.
@@ -155,7 +158,7 @@ def when_built(module: LightningModule, operate: Callable[[LightningModule], Non
             configure_model()
             if not waiting:
                 return
-            if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+            if creates and any(isinstance(parameter, DTensor) for parameter in module.parameters()):
                 msg = (
                     f"{trick} creates parameters, which must be there before a model is sharded, and `configure_model` of "
                     f"{type(module).__name__} builds and shards its layers at once. Call `functional.{function}` in between."

@@ -16,11 +16,11 @@ from lightning_tricks._core.strategies import return_to_shards
 from lightning_tricks.errors import ArgumentError, TrickError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["Moments", "call_model", "measure_statistics", "pool_moments"]
+__all__ = ["Moments", "call_model", "measure_statistics", "normalizing_by_batch", "pool_moments"]
 
 _PIECE = 1 << 22  # values converted to float64 at once
 _PATIENCE = 30.0  # seconds between reports of progress
@@ -99,20 +99,30 @@ def _recording(model: nn.Module, norms: Mapping[str, _BatchNorm], moments: Mappi
             raise ArgumentError(msg)
         moments[name].add(values)
 
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [buffer for norm in norms.values() for buffer in norm.buffers(recurse=False)]
-    kept = [buffer.clone() for buffer in buffers]
-    tracking = [(norm, norm.track_running_stats) for norm in norms.values()]
     handles = [norm.register_forward_pre_hook(partial(note, name), with_kwargs=True) for name, norm in norms.items()]
     try:
-        for module, _ in modes:
-            module.training = False
-        for norm in norms.values():
-            norm.training, norm.track_running_stats = True, False
-        yield
+        with normalizing_by_batch(model, norms.values()):
+            yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def normalizing_by_batch(model: nn.Module, norms: Iterable[_BatchNorm]) -> Iterator[None]:
+    """Let these layers normalize by their batch, while everything else evaluates; the model is as before afterwards."""
+    norms = list(norms)
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
+    kept = [buffer.clone() for buffer in buffers]
+    tracking = [(norm, norm.track_running_stats) for norm in norms]
+    try:
+        for module, _ in modes:
+            module.training = False
+        for norm in norms:
+            norm.training, norm.track_running_stats = True, False
+        yield
+    finally:
         for module, mode in modes:
             module.training = mode
         for norm, tracks in tracking:
