@@ -9,6 +9,7 @@ from torch import nn
 
 import lightning_tricks as lt
 from lightning_tricks import errors, functional, optim, schedules
+from lightning_tricks import nn as tricks_nn
 
 trainer = L.Trainer(
     callbacks=[
@@ -23,6 +24,9 @@ trainer = L.Trainer(
         lt.StochasticDepth(
             schedules.Linear(0.1, final=0.2), where=["layer*.?"], exclude="head", mode="batch", growth="uniform", name="slow"
         ),
+        lt.DropConnect(0.5),
+        lt.DropConnect(schedules.Linear(0.1, final=0.2), where=["body.*"], exclude="head", kinds=["Linear", nn.LSTM], name="slow"),
+        lt.DropConnect(0.5, kinds=nn.Linear, granularity="example", inference="gaussian", draws=10, mask_bias=True),
         lt.WeightDecay({"*": 0.01, "head": schedules.Linear(0.0, final=0.1)}, mode="l2", skip=["bias", "norm", "embedding"], name="slow"),
         lt.WeightDecay(schedules.Cosine(0.04), where=["body.*"], exclude="*.bias", skip="norm", existing="replace", log_penalty=True),
     ]
@@ -47,6 +51,10 @@ soup: functional.Soup = functional.greedy_soup(Path("runs").glob("*.ckpt"), lamb
 model.load_state_dict(soup.state_dict)
 best: Path = soup.members[0]
 functional.decay_weights_(model.parameters(), 0.01, mode="l2")
+masked: tuple[str, ...] = functional.apply_drop_connect(model, 0.5, kinds=nn.Linear, inference="sample", seed=3).layers[""]
+functional.remove_drop_connect(model)
+linear: nn.Linear = tricks_nn.DropConnectLinear(4, 2, rate=0.5, granularity="example", inference="gaussian", activation=nn.ReLU())
+lstm: nn.LSTM = tricks_nn.DropConnectLSTM(4, 2, batch_first=True, rate=0.5)
 share: float = functional.ema_decay(3, 0.9, warmup=10)
 used: int = functional.refresh_batch_norm(nn.BatchNorm1d(2), [torch.randn(4, 2)], batches=1)
 every_schedule: list[schedules.Schedule] = [
@@ -100,6 +108,7 @@ lt.LatestWeightAveraging(5, "1 epoch")  # type: ignore[call-arg]
 posthoc.synthesize(0.1, 1000)  # type: ignore[call-arg]
 lt.PostHocEMA(sigma_rel=0.1)  # type: ignore[arg-type]
 lt.StochasticDepth(0.1, mode="row")  # type: ignore[arg-type]
+lt.DropConnect(0.1, granularity="row")  # type: ignore[arg-type]
 lt.WeightDecay(0.1, mode="l3")  # type: ignore[arg-type]
 lt.WeightDecay(0.1, skip="biases")  # type: ignore[arg-type]
 lt.WeightDecay(0.1, "l2")  # type: ignore[call-arg]
