@@ -120,12 +120,12 @@ def test_the_mean_over_draws_is_the_plain_output(granularity):
 
 
 def test_unbatched_inputs_are_one_example():
-    for make, shape in ((lambda: nn.Linear(5, 4), (5,)), (lambda: nn.Conv1d(2, 3, 2), (2, 6)), (lambda: nn.LSTM(4, 3), (5, 4))):
-        model, x = net(make), double(*shape)
-        plain = model(x)
-        apply_drop_connect(model, RATE, granularity="example")
-        assert model(x).shape == plain.shape
-        assert not torch.equal(model(x), plain)
+    for layer, shape in ((nn.Linear(5, 4), (5,)), (nn.Conv1d(2, 3, 2), (2, 6)), (nn.LSTM(4, 3), (5, 4)), (nn.Embedding(9, 4), (5,))):
+        x = torch.arange(5) if isinstance(layer, nn.Embedding) else torch.randn(*shape)
+        plain = first(layer(x))
+        apply_drop_connect(layer, RATE, granularity="example")
+        assert first(layer(x)).shape == plain.shape
+        assert not torch.equal(first(layer(x)), plain)
 
 
 def test_attention_by_example_takes_its_masks_and_weights_by_example():
