@@ -53,14 +53,19 @@ def test_keys_and_types_are_those_of_the_plain_model(case: Case, plain, tmp_path
     case.model().load_state_dict(checkpoint["state_dict"], strict=True)
 
 
-@each
-def test_a_checkpoint_loads_in_code_that_never_heard_of_us(case: Case, tmp_path):
-    fit([case.make(), ModelCheckpoint(tmp_path, filename="last")], case.model)
-    script = (
-        "import sys, torch; c = torch.load(sys.argv[1], weights_only=True); print(len(c['state_dict']), 'lightning_tricks' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", script, tmp_path / "last.ckpt"], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [str(len(case.model().state_dict())), "False"]
+def test_checkpoints_load_in_code_that_never_heard_of_us(tmp_path):
+    for case in CASES:
+        fit([case.make(), ModelCheckpoint(tmp_path / case.trick.__name__, filename="last")], case.model, max_epochs=1)
+    script = """if True:
+        import pathlib, sys, torch
+        for path in pathlib.Path(sys.argv[1]).glob("*/last.ckpt"):
+            print(path.parent.name, len(torch.load(path, weights_only=True)["state_dict"]))
+        print("lightning_tricks" in sys.modules)
+    """
+    done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=True)
+    *sizes, heard = done.stdout.splitlines()
+    assert heard == "False"
+    assert sorted(sizes) == sorted(f"{case.trick.__name__} {len(case.model().state_dict())}" for case in CASES)
 
 
 # 2. Neutral is nothing; acting is something.
