@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from torch import nn
@@ -114,12 +115,18 @@ class Masking:
         shared, droppings = Rate(rate), []
         for name, layer in layers.items():
             weights, biases = masked_names(layer)
+            tensors = {each: attrgetter(each)(layer) for each in (*weights, *(biases if self.mask_bias else ()))}
             dropping = WeightDropping(
-                layer, name, {}, shared, clock=clock, owner=owner,
-                granularity=self.granularity, inference=self.inference, draws=self.draws,
-            )  # fmt: skip
-            for tensor in (*weights, *(biases if self.mask_bias else ())):
-                dropping.numbers[tensor] = numbers.setdefault(id(dropping.tensor(tensor)), len(numbers))
+                layer,
+                name,
+                {each: numbers.setdefault(id(tensor), len(numbers)) for each, tensor in tensors.items()},
+                shared,
+                clock=clock,
+                owner=owner,
+                granularity=self.granularity,
+                inference=self.inference,
+                draws=self.draws,
+            )
             dropping.attach()
             if self.inference != "mean":
                 dropping.hook = layer.register_forward_pre_hook(_stay)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
@@ -90,6 +91,8 @@ class WeightDropping(StandIn):
         self.name, self.rate, self.clock, self.owner = name, rate, clock, owner
         self.granularity, self.inference, self.draws = granularity, inference, draws
         self.numbers = dict(numbers)  # of the masked tensors in the model, by their names in the layer; tied ones have one number
+        tensors = {name: self.tensor(name) for name in numbers}
+        self.shapes = {name: tensor.shape for name, tensor in tensors.items() if not is_lazy(tensor)}  # which strategies may hide
         self.base = base
         self.hook: RemovableHandle | None = None
         self.kind = computes_as(module, base)
@@ -115,10 +118,11 @@ class WeightDropping(StandIn):
         count = total = 0
         for name, number in self.numbers.items():
             key, tensor = key_of(int(self.clock.now), number), self.tensor(name)
+            shape = self.shapes.get(name, tensor.shape)
             if self.granularity == "example":
                 key = key_of_example(key, 0)
-            count += int(kept(key, tensor.shape, self.rate.threshold, tensor.device).sum())
-            total += tensor.numel()
+            count += int(kept(key, shape, self.rate.threshold, tensor.device).sum())
+            total += shape.numel()
         return 1.0 - count / total
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
@@ -184,9 +188,8 @@ class WeightDropping(StandIn):
         before: list[tuple[dict[str, Any], str, Any]] = []
         for name, tensor in tensors.items():
             owner, key = self._place(name)
-            held: dict[str, Any] = (
-                owner._parameters if key in owner._parameters else vars(owner)
-            )  # where FSDP1 puts views of flat parameters
+            shadowed = not torch.compiler.is_compiling() and key in vars(owner)  # by FSDP1, with views of flat parameters
+            held: dict[str, Any] = vars(owner) if shadowed else owner._parameters
             before.append((held, key, held[key]))
             held[key] = tensor
         try:
