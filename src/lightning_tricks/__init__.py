@@ -18,6 +18,7 @@ from lightning_tricks.normalization._norm_swap import NormSwap
 from lightning_tricks.optimization._optimizer_factory import OptimizerFactory
 from lightning_tricks.optimization._weight_decay import WeightDecay
 from lightning_tricks.stochastic._drop_block import DropBlock
+from lightning_tricks.stochastic._drop_connect import DropConnect
 from lightning_tricks.stochastic._dropout import Dropout
 from lightning_tricks.stochastic._feature_noise import FeatureNoise
 from lightning_tricks.stochastic._fractional_max_pool import FractionalMaxPool
@@ -29,6 +30,7 @@ __all__ = [
     "BatchNormFreeze",
     "BatchNormRefresh",
     "DropBlock",
+    "DropConnect",
     "Dropout",
     "FeatureNoise",
     "FractionalMaxPool",

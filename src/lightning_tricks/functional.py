@@ -21,6 +21,7 @@ from lightning_tricks.normalization._weight_normalization import apply_weight_no
 from lightning_tricks.normalization._weight_standardization import apply_weight_standardization, remove_weight_standardization
 from lightning_tricks.optimization._decay import decay_weights_
 from lightning_tricks.stochastic._drop_block import apply_drop_block, remove_drop_block
+from lightning_tricks.stochastic._drop_connect import apply_drop_connect, remove_drop_connect
 from lightning_tricks.stochastic._dropout import apply_dropout, remove_dropout
 from lightning_tricks.stochastic._feature_noise import apply_feature_noise, remove_feature_noise
 from lightning_tricks.stochastic._fractional_max_pool import apply_fractional_max_pool, remove_fractional_max_pool
@@ -34,6 +35,7 @@ __all__ = [
     "Soup",
     "StandardizationStatistics",
     "apply_drop_block",
+    "apply_drop_connect",
     "apply_dropout",
     "apply_feature_noise",
     "apply_fractional_max_pool",
@@ -55,6 +57,7 @@ __all__ = [
     "power_ema_sigma_rel",
     "refresh_batch_norm",
     "remove_drop_block",
+    "remove_drop_connect",
     "remove_dropout",
     "remove_feature_noise",
     "remove_fractional_max_pool",

@@ -44,6 +44,9 @@ trainer = L.Trainer(
         lt.StochasticDepth(
             schedules.Linear(0.1, final=0.2), where=["layer*.?"], exclude="head", mode="batch", growth="uniform", name="slow"
         ),
+        lt.DropConnect(0.5),
+        lt.DropConnect(schedules.Linear(0.1, final=0.2), where=["body.*"], exclude="head", kinds=["Linear", nn.LSTM], name="slow"),
+        lt.DropConnect(0.5, kinds=nn.Linear, granularity="example", inference="gaussian", draws=10, mask_bias=True),
         lt.WeightDecay({"*": 0.01, "head": schedules.Linear(0.0, final=0.1)}, mode="l2", skip=["bias", "norm", "embedding"], name="slow"),
         lt.WeightDecay(schedules.Cosine(0.04), where=["body.*"], exclude="*.bias", skip="norm", existing="replace", log_penalty=True),
     ]
@@ -91,6 +94,10 @@ functional.remove_dropout(model)
 classes: functional.MCClassification = functional.mc_dropout(model, torch.zeros(2), samples=5, dim=1)
 information: torch.Tensor = classes.mutual_information
 numbers: functional.MCRegression = functional.mc_dropout(model, torch.zeros(2), task="regression", seed=3)
+masked: tuple[str, ...] = functional.apply_drop_connect(model, 0.5, kinds=nn.Linear, inference="sample", seed=3).layers[""]
+functional.remove_drop_connect(model)
+linear: nn.Linear = tricks_nn.DropConnectLinear(4, 2, rate=0.5, granularity="example", inference="gaussian", activation=nn.ReLU())
+lstm: nn.LSTM = tricks_nn.DropConnectLSTM(4, 2, batch_first=True, rate=0.5)
 share: float = functional.ema_decay(3, 0.9, warmup=10)
 used: int = functional.refresh_batch_norm(nn.BatchNorm1d(2), [torch.randn(4, 2)], batches=1)
 layers: list[nn.Module] = [
@@ -190,6 +197,7 @@ lt.ActivationSwap("relu", 3)  # type: ignore[arg-type]
 lt.ActivationSwap("relu", "gelu", "body")  # type: ignore[call-arg]
 lt.Initialization("he")  # type: ignore[arg-type]
 lt.Initialization("lsuv", residual="one")  # type: ignore[arg-type]
+lt.DropConnect(0.1, granularity="row")  # type: ignore[arg-type]
 lt.WeightDecay(0.1, mode="l3")  # type: ignore[arg-type]
 lt.WeightDecay(0.1, skip="biases")  # type: ignore[arg-type]
 lt.WeightDecay(0.1, "l2")  # type: ignore[call-arg]

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["Clock", "fold", "mix", "order_of_rows", "uniform"]
+__all__ = ["Clock", "fold", "mix", "order_of_rows", "tick", "uniform"]
 
 _MASK = 0xFFFFFFFF
 _Int = TypeVar("_Int", int, Tensor)
@@ -44,6 +44,16 @@ def order_of_rows(key: int | Tensor, count: int, device: torch.device) -> Tensor
     return torch.argsort(mix(mix(rows + 1) ^ key), stable=True)
 
 
+@torch.library.custom_op("lightning_tricks::tick", mutates_args=("moment",), schema="(Tensor(a!) moment) -> ()")
+def tick(moment: Tensor) -> None:
+    """Go on by one.
+
+    An operator by itself, since a compiled backward pass may compute again what it needs, and would start from the later moment if it
+    could look into this.
+    """
+    moment.copy_((moment + 1) & _MASK)
+
+
 class Clock:
     """The moment from which all draws of a model follow; a tensor, since compiled code reads it without compiling anew."""
 
@@ -56,4 +66,4 @@ class Clock:
 
     def tick(self) -> None:
         """Go on by one."""
-        self.now.copy_((self.now + 1) & _MASK)
+        tick(self.now)

@@ -96,9 +96,12 @@ class RandomTrick(Trick):
         assert self._value is not None
         self._now = self._value(trainer.global_step)
         self.set_value(self._now)
+        self._clock.set(self._seed, self._rank(trainer), trainer.current_epoch, trainer.global_step, batch_idx)
+
+    def _rank(self, trainer: Trainer) -> int:
+        """Return the rank among those with different data; 0 if all draw the same."""
         options: Mapping[str, int] = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
-        rank = options.get("rank", 0) if self.independent else 0  # of those with different data
-        self._clock.set(self._seed, rank, trainer.current_epoch, trainer.global_step, batch_idx)
+        return options.get("rank", 0) if self.independent else 0
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int) -> None:
