@@ -283,6 +283,7 @@ def _run(script: Path, arguments: Sequence[str], environment: Mapping[str, str],
             os.dup2(printed.fileno(), stream.fileno())
     torch.set_num_threads(1)
     sys.argv = [str(script), *arguments]
+    sys.path.insert(0, str(script.parent))
     runpy.run_path(str(script), run_name="__main__")
 
 
