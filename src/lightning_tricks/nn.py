@@ -1,5 +1,6 @@
 """Modules to build networks with."""
 
+from lightning_tricks.ensembling._ensemble import Ensemble
 from lightning_tricks.normalization._channel_norm import LayerNorm2d, RMSNorm2d
 from lightning_tricks.normalization._filter_response_norm import FilterResponseNorm
 from lightning_tricks.normalization._frozen_batch_norm import FrozenBatchNorm
@@ -27,6 +28,7 @@ __all__ = [
     "DropConnectLSTM",
     "DropConnectLinear",
     "DropConnectMultiheadAttention",
+    "Ensemble",
     "FilterResponseNorm",
     "FractionalMaxPool2d",
     "FractionalMaxPool3d",

@@ -146,7 +146,7 @@ def test_only_one_checkpoint_is_loaded_at_a_time(tmp_path, monkeypatch):
     import gc
     import weakref
 
-    alive, most, load = weakref.WeakSet(), [], _soup._load
+    alive, most, load = weakref.WeakSet(), [], _soup.read_state_dict
 
     class Watched(OrderedDict):
         __hash__ = object.__hash__
@@ -157,7 +157,7 @@ def test_only_one_checkpoint_is_loaded_at_a_time(tmp_path, monkeypatch):
         alive.add(weights := Watched(load(path)))
         return weights
 
-    monkeypatch.setattr(_soup, "_load", watch)
+    monkeypatch.setattr(_soup, "read_state_dict", watch)
     paths = save(tmp_path, *random_models(6))
     functional.uniform_soup(paths)
     functional.greedy_soup(paths, near(0))

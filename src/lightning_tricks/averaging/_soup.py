@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import math
 import os
-import zipfile
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from copy import copy, deepcopy
 from dataclasses import dataclass, field
@@ -24,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_tricks._core.files import check_paths, read_state_dict
 from lightning_tricks._core.weights import memory
 from lightning_tricks.errors import ArgumentError, CheckpointError
 
@@ -84,7 +83,7 @@ def uniform_soup(paths: Iterable[str | os.PathLike[str]]) -> dict[str, Tensor]:
         ...     uniform_soup(sorted(Path(folder).glob("*.pt")))["weight"]
         tensor([2.5000, 0.0000])
     """
-    first, *others = _check_paths(paths)
+    first, *others = check_paths(paths)
     soup = _Sum(first)
     for path in others:
         soup.add(soup.load(path))
@@ -134,14 +133,14 @@ def greedy_soup(paths: Iterable[str | os.PathLike[str]], score: Callable[[dict[s
         >>> [path.name for path in soup.members], soup.score, soup.state_dict["weight"]
         (['b.pt', 'a.pt'], -0.25, tensor([1.7500]))
     """
-    files = tuple(dict.fromkeys(_check_paths(paths)))
+    files = tuple(dict.fromkeys(check_paths(paths)))
     if not callable(score):
         msg = f"`score` must be a function that takes a state dict and returns a number, got {score!r}."
         raise ArgumentError(msg)
-    entries = _entries(_load(files[0]))
+    entries = _entries(read_state_dict(files[0]))
     for path in files[1:]:
-        _check_agreement(path, _entries(_load(path)), files[0], entries)
-    scores = {path: _check_score(score(_load(path)), str(path)) for path in files}
+        _check_agreement(path, _entries(read_state_dict(path)), files[0], entries)
+    scores = {path: _check_score(score(read_state_dict(path)), str(path)) for path in files}
     best, *others = sorted(files, key=lambda path: scores[path], reverse=True)
     soup, members, highest = _Sum(best), [best], scores[best]
     for path in others:
@@ -159,7 +158,7 @@ class _Sum:
     """The sum of checkpoints in double precision, and their mean in their own."""
 
     def __init__(self, path: Path) -> None:
-        first = _load(path)
+        first = read_state_dict(path)
         self._path, self._entries, self._count = path, _entries(first), 1
         self._sums = {name: _precise(value) for name, value in first.items() if _is_averaged(value)}
         self._dtypes = {name: first[name].dtype for name in self._sums}
@@ -168,8 +167,8 @@ class _Sum:
         self._template = copy(first)
         self._template.update({name: None if name in self._sums else _own(value) for name, value in first.items()})
 
-    def load(self, path: Path) -> OrderedDict[str, Any]:
-        weights = _load(path)
+    def load(self, path: Path) -> dict[str, Any]:
+        weights = read_state_dict(path)
         _check_agreement(path, _entries(weights), self._path, self._entries)
         return weights
 
@@ -232,16 +231,6 @@ def _check_agreement(path: Path, found: Mapping[str, str], first: Path, needed: 
             raise CheckpointError(msg)
 
 
-def _check_paths(paths: Iterable[str | os.PathLike[str]]) -> tuple[Path, ...]:
-    one = isinstance(paths, str | bytes | os.PathLike) or not isinstance(paths, Iterable)
-    given = () if one else tuple(paths)
-    if not given or not all(isinstance(path, str | os.PathLike) for path in given):
-        found = f"{paths!r}; put it into a list" if isinstance(paths, str | os.PathLike) else repr(paths if one else given)
-        msg = f"`paths` must be paths of checkpoints, at least one, such as `sorted(Path('runs').glob('*.ckpt'))`, got {found}."
-        raise ArgumentError(msg)
-    return tuple(Path(path) for path in given)
-
-
 def _check_score(value: object, what: str) -> float:
     number = isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex())
     score = float(value.detach() if isinstance(value, Tensor) else value) if number else math.nan  # type: ignore[arg-type]
@@ -249,34 +238,3 @@ def _check_score(value: object, what: str) -> float:
         msg = f"`score` must return a finite number, higher for better, got {value!r} for '{what}'. Leave that out, or mend `score`."
         raise ArgumentError(msg)
     return score
-
-
-def _load(path: Path) -> OrderedDict[str, Any]:
-    """Return the state dict in a file, without reading from disk what is not used yet."""
-    if not path.is_file():
-        found = "is a folder; consolidate a sharded checkpoint into one file first" if path.is_dir() else "does not exist"
-        msg = f"A soup is made from files: '{path}' {found}."
-        raise CheckpointError(msg)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:
-        msg = (
-            f"'{path}' must be a checkpoint that `torch.load(path, weights_only=True)` can read, and that failed with "
-            f"{type(error).__name__}: {error}\nThe file is damaged, or holds objects of other classes than torch's: if it comes from a "
-            "trusted source, load it with `weights_only=False` and save its 'state_dict' alone."
-        )
-        raise CheckpointError(msg) from error
-    nested = content.get("state_dict") if isinstance(content, Mapping) else None
-    weights = nested if isinstance(nested, Mapping) else content
-    names = list(weights) if isinstance(weights, Mapping) else []
-    odd = [name for name in names if not isinstance(name, str) or (isinstance(weights[name], Mapping) and "_extra_state" not in name)]
-    if odd or not any(_is_averaged(weights[name]) for name in names):
-        found = f"{odd[0]!r} in it is no tensor" if odd else f"the names {names[:5]!r}" if names else f"a {type(weights).__name__}"
-        msg = (
-            f"'{path}' must hold a state dict with floating-point tensors, or a Lightning checkpoint with one under 'state_dict', "
-            f"got {found}. Save `model.state_dict()`."
-        )
-        raise CheckpointError(msg)
-    state = OrderedDict(weights)
-    vars(state).update(getattr(weights, "__dict__", {}))
-    return state

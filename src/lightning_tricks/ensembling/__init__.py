@@ -1,0 +1,1 @@
+"""Train several members and use them as one model."""

@@ -1,0 +1,44 @@
+"""Predictions of several members put together, and how far they differ, one number at a time."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def softmax(logits: Sequence[float]) -> list[float]:
+    """Return exp(z_c) / Σ_k exp(z_k)."""
+    total = sum(math.exp(z) for z in logits)
+    return [math.exp(z) / total for z in logits]
+
+
+def mean_of(rows: Sequence[Sequence[float]]) -> list[float]:
+    """Return the mean of each entry over the members."""
+    return [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+
+
+def mean_probabilities(logits: Sequence[Sequence[float]]) -> list[float]:
+    """Return p = 1/M Σ_m softmax(z_m), for one sample."""
+    return mean_of([softmax(member) for member in logits])
+
+
+def votes(logits: Sequence[Sequence[float]]) -> list[float]:
+    """Return (v_c + p_c)/(M + 1), where v_c counts the members whose largest logit is that of class c."""
+    counted = Counter(max(range(len(member)), key=member.__getitem__) for member in logits)
+    return [(counted[c] + p) / (len(logits) + 1) for c, p in enumerate(mean_probabilities(logits))]
+
+
+def entropy(probabilities: Sequence[float]) -> float:
+    """Return −Σ_c p_c ln p_c, in which classes without probability count nothing."""
+    return -sum(p * math.log(p) for p in probabilities if p > 0)
+
+
+def uncertainty(logits: Sequence[Sequence[float]]) -> tuple[float, float, float]:
+    """Return the entropy of the mean, the mean of the entropies, and their difference."""
+    total = entropy(mean_probabilities(logits))
+    aleatoric = sum(entropy(softmax(member)) for member in logits) / len(logits)
+    return total, aleatoric, total - aleatoric
