@@ -63,25 +63,28 @@ class StandIn:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self._before = vars(module).get("forward")
+        self.before: Callable[..., Any] | None = None  # what stood in for it already
 
     def plain(self, *arguments: Any, **options: Any) -> Any:
         """Compute what the module computes without its stand-in."""
-        if self._before is not None:
-            return self._before(*arguments, **options)
+        if self.before is not None:
+            return self.before(*arguments, **options)
         return type(self.module).forward(self.module, *arguments, **options)
 
     def attach(self) -> None:
-        """Take the place of the module's `forward`."""
-        self.module.forward = self  # type: ignore[assignment]
+        """Take the place of the module's `forward`, around whatever else stands in for it."""
+        before = vars(self.module).get("forward")
+        if before is not self:
+            self.before = before
+            self.module.forward = self  # type: ignore[assignment]
 
     def detach(self) -> None:
         """Put the module's `forward` back, unless somebody has replaced it since."""
         if vars(self.module).get("forward") is self:
-            if self._before is None:
+            if self.before is None:
                 del self.module.forward
             else:
-                self.module.forward = self._before
+                self.module.forward = self.before
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
