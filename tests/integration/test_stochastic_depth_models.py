@@ -24,18 +24,18 @@ TIMM = {
     "cait_xxs24_224": (SHALLOW, 64, True),
     "xcit_nano_12_p16_224": (SHALLOW, 64, True),
     "convit_tiny": (SHALLOW | {"local_up_to_layer": 1}, 64, True),
-    "mixer_s32_224": ({"img_size": 64, "num_blocks": 2, "embed_dim": 48}, 64, True),
-    "resmlp_12_224": ({"img_size": 64, "num_blocks": 2, "embed_dim": 48}, 64, True),
-    "gmlp_ti16_224": ({"img_size": 64, "num_blocks": 2, "embed_dim": 48}, 64, True),
+    "mixer_s32_224": (SMALL, 64, True),
+    "resmlp_12_224": (SMALL, 64, True),
+    "gmlp_ti16_224": (SMALL, 64, True),
     "swin_tiny_patch4_window7_224": ({"img_size": 56, "depths": (2, 2), "num_heads": (2, 4), "embed_dim": 24}, 56, True),
     "swinv2_tiny_window8_256": ({"img_size": 64, "depths": (2, 2), "num_heads": (2, 4), "embed_dim": 24}, 64, True),
     "pvt_v2_b0": ({"depths": (1, 1, 1, 1)}, 64, True),
-    "poolformer_s12": ({"layers": (1, 1, 1, 1)}, 64, True),
+    "poolformer_s12": ({}, 64, True),
     "twins_pcpvt_small": ({"img_size": 64, "depths": (1, 1, 1, 1)}, 64, True),
-    "focalnet_tiny_srf": ({"depths": (1, 1), "embed_dim": 24, "focal_levels": (2, 2), "focal_windows": (3, 3)}, 64, True),
-    "pit_ti_224": ({"img_size": 64, "depths": (1, 1, 1)}, 64, True),
+    "focalnet_tiny_srf": ({}, 64, True),
+    "pit_ti_224": (SMALL, 64, True),
     "hiera_tiny_224": ({"stages": (1, 1, 2, 1), "img_size": 64}, 64, True),
-    "mvitv2_tiny": ({"img_size": 64, "depths": (1, 1, 2, 1)}, 64, True),
+    "mvitv2_tiny": (SMALL, 64, True),
     "davit_tiny": ({"depths": (1, 1), "embed_dims": (24, 48), "num_heads": (2, 4)}, 64, False),
     "convnext_atto": ({"depths": (1, 1, 1, 1)}, 64, True),
     "convnextv2_atto": ({"depths": (1, 1, 1, 1)}, 64, True),
@@ -51,11 +51,11 @@ TIMM = {
     "efficientnet_b0": ({}, 64, True),
     "mobilenetv2_100": ({}, 64, True),
     "mobilenetv3_small_100": ({}, 64, True),
-    "cspresnet50": ({}, 64, True),
-    "darknet53": ({}, 64, True),
-    "convmixer_768_32": ({"dim": 48, "depth": 2}, 64, False),
-    "nest_tiny": ({"img_size": 64, "depths": (1, 1, 2), "embed_dims": (24, 48, 96), "num_heads": (2, 4, 8)}, 64, True),
-    "levit_128s": ({"img_size": 64}, 64, True),
+    "cspresnet50": ({}, 32, True),
+    "dla34": ({}, 64, False),
+    "convmixer_768_32": ({}, 28, False),
+    "nest_tiny": (SMALL, 64, True),
+    "levit_128s": (SMALL, 64, True),
     "fastvit_t8": ({"layers": (2, 1, 1, 1)}, 64, False),
     "mobilevit_xxs": ({}, 64, True),
     "visformer_tiny": (SMALL, 64, True),
@@ -87,9 +87,7 @@ def check(model: nn.Module, run, *, separate: bool | None = None) -> None:
     assert draws
     assert all(share == 0.5 for share in draws)
     remove_stochastic_depth(model)
-    with torch.no_grad():
-        model.load_state_dict(model.state_dict())
-        assert all("forward" not in vars(module) for module in model.modules())
+    assert all("forward" not in vars(module) for module in model.modules())
 
 
 def share_dropped(module: nn.Module) -> float | None:

@@ -20,6 +20,7 @@ trainer = L.Trainer(
         lt.BatchNormRefresh(20, on="validation", where=["body.*"], exclude="*.bn1", name="slow"),
         lt.WeightDecay(0.01),
         lt.StochasticDepth(0.1),
+        lt.StochasticDepth(0.1, scaling="evaluation"),
         lt.StochasticDepth(
             schedules.Linear(0.1, final=0.2), where=["layer*.?"], exclude="head", mode="batch", growth="uniform", name="slow"
         ),
@@ -100,6 +101,7 @@ lt.LatestWeightAveraging(5, "1 epoch")  # type: ignore[call-arg]
 posthoc.synthesize(0.1, 1000)  # type: ignore[call-arg]
 lt.PostHocEMA(sigma_rel=0.1)  # type: ignore[arg-type]
 lt.StochasticDepth(0.1, mode="row")  # type: ignore[arg-type]
+lt.StochasticDepth(0.1, scaling="test")  # type: ignore[arg-type]
 lt.WeightDecay(0.1, mode="l3")  # type: ignore[arg-type]
 lt.WeightDecay(0.1, skip="biases")  # type: ignore[arg-type]
 lt.WeightDecay(0.1, "l2")  # type: ignore[call-arg]

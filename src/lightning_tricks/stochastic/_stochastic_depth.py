@@ -68,7 +68,7 @@ def apply_stochastic_depth(
     Args:
         model: The model, which is changed in place.
         rate: Probability of dropping the last block, in [0, 1).
-        where: Globs over names of blocks; None = residual blocks are found.
+        where: Globs over names of blocks or modules in branches, as in the callback; None = residual blocks are found.
         exclude: Globs over names of blocks that are left alone.
         mode: ``"sample"`` or ``"batch"``, as in the callback.
         growth: ``"linear"`` or ``"uniform"``, as in the callback.
@@ -154,17 +154,21 @@ class StochasticDepth(RandomTrick):
     """Leave blocks out at random while training: ``x + (h(x) − x) · b / (1 − p_l)``, where ``b`` is 1 with probability ``1 − p_l``, else 0.
 
     Block l of L, whose output ``h(x)`` has its input's shape, is dropped with probability ``p_l = l/L · p``, l = 1..L, or with the same
-    p everywhere. What is dropped is not computed. Evaluation uses the plain network, whose output is the expectation of a block's
-    output in training. Reach for it in residual networks that are deep or overfit.
+    p everywhere. Where a model exposes the branches of its blocks, such as attention and MLP, each is drawn by itself. What is dropped
+    is not computed. Evaluation uses the plain network, whose output is the expectation of a block's output in training. Reach for it in
+    residual networks that are deep or overfit.
 
     Args:
         rate: Probability p of dropping the last block, in [0, 1): a number, or a `Schedule` over optimizer steps.
-        where: Glob or globs over qualified names of blocks; a glob matches the whole name or its end after a dot. None = the residual
-            blocks among the members of ``nn.Sequential``, ``nn.ModuleList`` and stages of other classes are found.
+        where: Glob or globs over qualified names of blocks, or of modules in a branch of a block; a glob matches the whole name or its
+            end after a dot. None = the residual blocks among the members of ``nn.Sequential``, ``nn.ModuleList`` and stages of other
+            classes are found, and dropped by branches where all of these end in places for drops, such as timm's ``drop_path1``.
         exclude: Globs over names of blocks that are left alone.
         mode: ``"sample"`` draws for each sample: the block runs on those that survive, at least one. ``"batch"`` draws once for the
             mini-batch, the same on all ranks, and skips the block altogether.
         growth: ``"linear"``, ``p_l = l/L · p``, or ``"uniform"``, ``p_l = p``.
+        scaling: ``"training"`` scales the survivors by ``1/(1 − p_l)``; ``"evaluation"`` leaves them, and scales branches by ``1 − p_l``
+            when the Trainer validates, tests or predicts, as the paper does.
         name: Tells it apart in logs and checkpoints.
 
     Raises:
@@ -186,8 +190,8 @@ class StochasticDepth(RandomTrick):
         rate leaves. ``"batch"`` breaks the graph at each block.
 
     References:
-        - G. Huang, Y. Sun, Z. Liu, D. Sedra and K. Q. Weinberger, "Deep Networks with Stochastic Depth", ECCV, 2016. Differs from it in
-          scaling survivors in training rather than branches at test time, and in drawing for each sample by default.
+        - G. Huang, Y. Sun, Z. Liu, D. Sedra and K. Q. Weinberger, "Deep Networks with Stochastic Depth", ECCV, 2016. Differs from it, by
+          default, in scaling survivors in training rather than branches at test time, and in drawing for each sample and branch.
 
     Example:
         >>> StochasticDepth(0.1, where="layer*.?")
