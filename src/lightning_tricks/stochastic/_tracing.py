@@ -12,7 +12,7 @@ import warnings
 from dataclasses import dataclass
 from functools import partial
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -108,8 +108,9 @@ def _trait(value: Any) -> Hashable:
         return value != 0  # rates differ from layer to layer
     if isinstance(value, tuple | list):
         return tuple(map(_trait, value))
-    trait: Hashable = value if isinstance(value, bool | int | str | FunctionType) else type(value)
-    return trait
+    if isinstance(value, bool | int | str | FunctionType):
+        return cast("Hashable", value)
+    return cast("Hashable", type(value))
 
 
 def guesses(block: nn.Module, twin: nn.Module) -> Iterator[Call]:
