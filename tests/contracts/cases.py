@@ -286,6 +286,7 @@ CASES = [
             ({"rate": 0.1, "exclude": [None]}, "`exclude` must be a glob"),
             ({"rate": 0.1, "mode": "row"}, "`mode` must be one of 'sample', 'batch', got 'row'"),
             ({"rate": 0.1, "growth": "cubic"}, "`growth` must be one of 'linear', 'uniform', got 'cubic'"),
+            ({"rate": 0.1, "scaling": "test"}, "`scaling` must be one of 'training', 'evaluation', got 'test'"),
             ({"rate": 0.1, "name": "two words"}, "`name` must be a word"),
         ),
         nothing_matched=(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor, nn
 
@@ -22,4 +22,12 @@ def forward(blocks: Sequence[nn.Module], x: Tensor, rates: Sequence[float], aliv
     for block, rate, survives in zip(blocks, rates, alive, strict=True):
         branches = block(x) - x
         x = torch.stack([x[i] + branches[i] / (1 - rate) * survives[i] for i in range(len(x))])
+    return x
+
+
+def branches(branches: Sequence[Callable[[Tensor], Tensor]], x: Tensor, rates: Sequence[float], alive: Sequence[Sequence[bool]]) -> Tensor:
+    """Add branches, each to the sum of those before it; survivors' are scaled by ``1/(1 − p_l)``."""
+    for branch, rate, survives in zip(branches, rates, alive, strict=True):
+        change = branch(x)
+        x = torch.stack([x[i] + change[i] / (1 - rate) * survives[i] for i in range(len(x))])
     return x

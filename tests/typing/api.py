@@ -41,6 +41,7 @@ trainer = L.Trainer(
             pretrained="overwrite",
             name="slow",
         ),
+        lt.StochasticDepth(0.1, scaling="evaluation"),
         lt.StochasticDepth(
             schedules.Linear(0.1, final=0.2), where=["layer*.?"], exclude="head", mode="batch", growth="uniform", name="slow"
         ),
@@ -198,6 +199,7 @@ lt.ActivationSwap("relu", "gelu", "body")  # type: ignore[call-arg]
 lt.Initialization("he")  # type: ignore[arg-type]
 lt.Initialization("lsuv", residual="one")  # type: ignore[arg-type]
 lt.DropConnect(0.1, granularity="row")  # type: ignore[arg-type]
+lt.StochasticDepth(0.1, scaling="test")  # type: ignore[arg-type]
 lt.WeightDecay(0.1, mode="l3")  # type: ignore[arg-type]
 lt.WeightDecay(0.1, skip="biases")  # type: ignore[arg-type]
 lt.WeightDecay(0.1, "l2")  # type: ignore[call-arg]

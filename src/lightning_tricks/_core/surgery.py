@@ -64,28 +64,31 @@ class StandIn:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self._before = vars(module).get("forward")
+        self.before: Callable[..., Any] | None = None  # what stood in for it already
 
     def plain(self, *arguments: Any, **options: Any) -> Any:
         """Compute what the module computes without its stand-in."""
-        if self._before is not None:
-            return self._before(*arguments, **options)
+        if self.before is not None:
+            return self.before(*arguments, **options)
         return type(self.module).forward(self.module, *arguments, **options)
 
     def attach(self) -> None:
-        """Take the place of the module's `forward`."""
-        self.module.forward = self  # type: ignore[assignment]
+        """Take the place of the module's `forward`, around whatever else stands in for it."""
+        before = vars(self.module).get("forward")
+        if before is not self:
+            self.before = before
+            self.module.forward = self  # type: ignore[assignment]
 
     def detach(self) -> None:
         """Put the module's `forward` back, unless somebody has replaced it since; a stand-in that came later stays."""
         held = vars(self.module).get("forward")
-        if held is self and self._before is None:
+        if held is self and self.before is None:
             del self.module.forward
         elif held is self:
-            self.module.forward = self._before
+            self.module.forward = self.before
         for later in stand_ins_of(self.module):
-            if later._before is self:
-                later._before = self._before
+            if later.before is self:
+                later.before = self.before
 
 
 def stand_ins(model: nn.Module, kind: type[_S]) -> list[_S]:
@@ -98,7 +101,7 @@ def stand_ins_of(module: nn.Module) -> Iterator[StandIn]:
     forward = vars(module).get("forward")
     while isinstance(forward, StandIn):
         yield forward
-        forward = forward._before
+        forward = forward.before
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

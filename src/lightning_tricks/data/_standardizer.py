@@ -225,7 +225,7 @@ class Standardized(StandIn):
 
     @property
     def __signature__(self) -> Signature:
-        return signature(self._before or partial(type(self.module).forward, self.module))
+        return signature(self.before or partial(type(self.module).forward, self.module))
 
     @property
     def __code__(self) -> CodeType:

@@ -8,31 +8,29 @@ Source: G. Huang, Y. Sun, Z. Liu, D. Sedra and K. Q. Weinberger, "Deep Networks 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
+from lightning_tricks._core.checkpoint import read_entry, write_entry
 from lightning_tricks._core.checks import check_choice, check_count, check_in_interval, check_patterns
 from lightning_tricks._core.lightning import LightningModule, Trainer, override, rank_zero_info
 from lightning_tricks._core.schedule import Schedule, check_varying
-from lightning_tricks._core.selection import matches, select_modules
-from lightning_tricks._core.strategies import plain_name, refuse_strategies
-from lightning_tricks.errors import NothingMatchedError, TrickConflictError
-from lightning_tricks.stochastic._blocks import Shape, examine, takes_batch_second
+from lightning_tricks._core.strategies import refuse_strategies
+from lightning_tricks.stochastic._attaching import Growth, attach, check_free, detach, droppables, held_by, set_rates, shares
 from lightning_tricks.stochastic._draws import Clock
-from lightning_tricks.stochastic._dropping import Dropping, Mode
+from lightning_tricks.stochastic._dropping import Mode, Plan, Scaling
+from lightning_tricks.stochastic._finding import Found, Where, find
 from lightning_tricks.stochastic._random_trick import RandomTrick
+
+if TYPE_CHECKING:
+    from lightning_tricks._core.surgery import StandIn
 
 __all__ = ["StochasticDepth", "apply_stochastic_depth", "remove_stochastic_depth"]
 
-Growth = Literal["linear", "uniform"]
-Where = str | Sequence[str]
-
 _FUNCTION = "apply_stochastic_depth"
-_OWN_RATES = {"DropPath": "drop_prob", "StochasticDepth": "p"}  # by the ends of their classes' names
 _UNREACHED = "it gathers weights by block, and waits for gradients of those of a block that is skipped; pass `mode='sample'`"
 _NO_SKIPPING = {"FSDPStrategy": _UNREACHED, "DeepSpeedStrategy": _UNREACHED}
 
@@ -44,10 +42,12 @@ class Dropped:
     Attributes:
         rates: The probability with which each block is dropped, by name, from first to last.
         left: The blocks that cannot be dropped, each with the reason.
+        branches: The branches that are dropped each by itself, by the name of their block: the modules they end in.
     """
 
     rates: Mapping[str, float]
     left: Mapping[str, str]
+    branches: Mapping[str, Sequence[str]]
 
 
 def apply_stochastic_depth(
@@ -58,6 +58,7 @@ def apply_stochastic_depth(
     exclude: str | Sequence[str] = (),
     mode: Mode = "sample",
     growth: Growth = "linear",
+    scaling: Scaling = "training",
     seed: int = 0,
 ) -> Dropped:
     """Let blocks of a model be left out at random while it trains; a second call replaces the first.
@@ -67,14 +68,16 @@ def apply_stochastic_depth(
     Args:
         model: The model, which is changed in place.
         rate: Probability of dropping the last block, in [0, 1).
-        where: Globs over names of blocks; None = residual blocks are found.
+        where: Globs over names of blocks or modules in branches, as in the callback; None = residual blocks are found.
         exclude: Globs over names of blocks that are left alone.
         mode: ``"sample"`` or ``"batch"``, as in the callback.
         growth: ``"linear"`` or ``"uniform"``, as in the callback.
+        scaling: ``"training"`` or ``"evaluation"``, as in the callback.
         seed: What the draws follow from, at least 0; give each process its own, or with ``"batch"`` the same.
 
     Returns:
-        A report: ``rates``, the probability of each block by name, and ``left``, why others cannot be dropped.
+        A report: ``rates``, the probability of each block by name, ``left``, why others cannot be dropped, and ``branches``, the ends
+        of branches that are dropped each by itself.
 
     Raises:
         ArgumentError: If an argument lies outside its domain.
@@ -90,12 +93,14 @@ def apply_stochastic_depth(
     where, exclude = _check_where(where), check_patterns("exclude", exclude, empty=True)
     check_choice("mode", mode, ("sample", "batch"))
     check_choice("growth", growth, ("linear", "uniform"))
+    check_choice("scaling", scaling, ("training", "evaluation"))
     clock = Clock(check_count("seed", seed + 1) - 1)
-    blocks, left = _find(model, where, exclude, mode, trick=_FUNCTION)
+    found, left = _find(model, where, exclude, mode, trick=_FUNCTION)
     remove_stochastic_depth(model)
-    droppings = _attach(model, blocks, mode, clock, owner=_FUNCTION, least=rate, growth=growth)
+    attach(model, found, Plan(mode, scaling, clock, _FUNCTION), least=rate, growth=growth)
     model.register_forward_pre_hook(_Tick(clock))
-    return Dropped({each.name: round(1.0 - float(each.keep), 12) for each in droppings}, left)
+    rates = {name: round(rate * share, 12) for name, share in shares(found, growth).items()}
+    return Dropped(rates, left, {name: [last for _, last in each.pairs] for name, each in found.items() if each.pairs})
 
 
 def remove_stochastic_depth(model: nn.Module) -> None:
@@ -111,8 +116,8 @@ def remove_stochastic_depth(model: nn.Module) -> None:
         >>> "forward" in vars(blocks[0])
         False
     """
-    _check_free(model, _FUNCTION)
-    _detach(_droppings_of(model))
+    check_free(model, _FUNCTION)
+    detach(held_by(model))
     for key, hook in list(model._forward_pre_hooks.items()):
         if isinstance(hook, _Tick):
             del model._forward_pre_hooks[key]
@@ -133,130 +138,37 @@ def _check_where(where: Where | None) -> Where | None:
     return None if where is None else check_patterns("where", where, empty=False)
 
 
-def _find(
-    model: nn.Module, where: Where | None, exclude: Where, mode: Mode, *, trick: str
-) -> tuple[dict[str, tuple[nn.Module, Shape]], dict[str, str]]:
-    """Return the blocks that can be dropped, and why others cannot, both by name."""
-    candidates = _members(model) if where is None else select_modules(model, where, exclude, trick=trick)
-    held = _droppings_of(model)
-    for dropping in held:
-        del dropping.module.forward
+def _find(model: nn.Module, where: Where | None, exclude: Where, mode: Mode, *, trick: str) -> tuple[dict[str, Found], dict[str, str]]:
+    """Search a model as it is without stand-ins."""
+    held = held_by(model)
+    for each in held:
+        each.detach()
     try:
-        shapes = {name: examine(block) for name, block in candidates.items()}
+        return find(model, where, exclude, mode, trick=trick)
     finally:
-        for dropping in held:
-            dropping.attach()
-    found, left = {}, {}
-    for name, block in candidates.items():
-        shape = shapes[name]
-        if mode == "sample" and takes_batch_second(block):
-            left[name] = "its second dimension is the batch; pass `batch_first=True` to its layers"
-        elif mode == "batch" and not shape.bare:
-            left[name] = "it returns more than one tensor; pass `mode='sample'`"
-        elif shape.residual or (where is not None and shape.kept is not False):
-            found[name] = block, shape
-        else:
-            left[name] = shape.reason
-    if where is None:
-        outer = {name for name in found if any(other.startswith(f"{name}.") for other in found)}
-        found = {name: each for name, each in found.items() if name not in outer}
-        kinds = {type(block) for block, _ in found.values()}
-        left = {name: reason for name, reason in left.items() if type(candidates[name]) in kinds or not found}
-    if not found:
-        listed = "; ".join(f"{name!r}: {reason}" for name, reason in list(left.items())[:4])
-        what = "no residual block among modules that repeat" if where is None else "no block to drop"
-        advice = "Name blocks whose output has their input's shape by `where`" + (f" ({listed})" if listed else "")
-        msg = f"{trick} found {what}, in {type(model).__name__}. {advice}."
-        raise NothingMatchedError(msg)
-    kept = {name: each for name, each in found.items() if not matches(name, exclude)}
-    if not kept:
-        msg = f"{trick} found no module: `exclude={exclude!r}` removed all {len(found)} that can be dropped. Exclude less."
-        raise NothingMatchedError(msg)
-    return kept, left
-
-
-def _members(model: nn.Module) -> dict[str, nn.Module]:
-    """Return what holds layers of its own and is a member of a sequence or a list, or has siblings of its class."""
-    members = {}
-    for parent_name, parent in model.named_modules():
-        children = [(name, child) for name, child in parent.named_children() if any(True for _ in child.children())]
-        kinds = Counter(type(child) for _, child in children)
-        for name, child in children:
-            listed = isinstance(parent, nn.Sequential | nn.ModuleList) or kinds[type(child)] > 1
-            if listed and not isinstance(child, nn.ModuleList):
-                members[plain_name(f"{parent_name}.{name}".removeprefix("."))] = child
-    return members
-
-
-def _droppings_of(model: nn.Module) -> list[Dropping]:
-    forwards = (vars(module).get("forward") for module in model.modules())
-    return [each for each in forwards if isinstance(each, Dropping)]
-
-
-def _check_free(model: nn.Module, owner: str) -> None:
-    for held in _droppings_of(model):
-        if held.owner != owner:
-            msg = f"{held.owner} and {owner} both drop blocks of {type(model).__name__}, such as {held.name!r}. Keep one."
-            raise TrickConflictError(msg)
-
-
-def _attach(
-    model: nn.Module,
-    blocks: Mapping[str, tuple[nn.Module, Shape]],
-    mode: Mode,
-    clock: Clock,
-    *,
-    owner: str,
-    least: float,
-    growth: Growth,
-) -> list[Dropping]:
-    """Let blocks be dropped, at least at this rate; where a model brings layers that do so on the same branch, those are switched off."""
-    _check_free(model, owner)
-    droppings = []
-    for index, (name, (block, shape)) in enumerate(blocks.items()):
-        dropping = Dropping(block, name, index, mode=mode, clock=clock, owner=owner)
-        dropping.activated = shape.activated
-        for layer in block.modules():
-            attribute = next((each for end, each in _OWN_RATES.items() if type(layer).__name__.endswith(end)), None)
-            if attribute is not None and getattr(layer, attribute, None):
-                dropping.switched_off.append((layer, attribute, getattr(layer, attribute)))
-                setattr(layer, attribute, 0.0)
-        dropping.attach()
-        droppings.append(dropping)
-    _set_rates(droppings, least, growth)
-    for dropping in droppings:
-        dropping.largest_keep = float(dropping.keep)
-    return droppings
-
-
-def _detach(droppings: Sequence[Dropping]) -> None:
-    for dropping in droppings:
-        dropping.detach()
-        for layer, attribute, value in dropping.switched_off:
-            setattr(layer, attribute, value)
-
-
-def _set_rates(droppings: Sequence[Dropping], rate: float, growth: Growth) -> None:
-    count = len(droppings)
-    for i, dropping in enumerate(droppings, 1):
-        dropping.set_rate(rate if growth == "uniform" else rate * i / count)
+        for each in reversed(held):
+            each.attach()
 
 
 class StochasticDepth(RandomTrick):
     """Leave blocks out at random while training: ``x + (h(x) − x) · b / (1 − p_l)``, where ``b`` is 1 with probability ``1 − p_l``, else 0.
 
     Block l of L, whose output ``h(x)`` has its input's shape, is dropped with probability ``p_l = l/L · p``, l = 1..L, or with the same
-    p everywhere. What is dropped is not computed. Evaluation uses the plain network, whose output is the expectation of a block's
-    output in training. Reach for it in residual networks that are deep or overfit.
+    p everywhere. Where a model exposes the branches of its blocks, such as attention and MLP, each is drawn by itself. What is dropped
+    is not computed. Evaluation uses the plain network, whose output is the expectation of a block's output in training. Reach for it in
+    residual networks that are deep or overfit.
 
     Args:
         rate: Probability p of dropping the last block, in [0, 1): a number, or a `Schedule` over optimizer steps.
-        where: Glob or globs over qualified names of blocks; a glob matches the whole name or its end after a dot. None = the residual
-            blocks among the members of ``nn.Sequential``, ``nn.ModuleList`` and stages of other classes are found.
+        where: Glob or globs over qualified names of blocks, or of modules in a branch of a block; a glob matches the whole name or its
+            end after a dot. None = the residual blocks among the members of ``nn.Sequential``, ``nn.ModuleList`` and stages of other
+            classes are found, and dropped by branches where all of these end in places for drops, such as timm's ``drop_path1``.
         exclude: Globs over names of blocks that are left alone.
         mode: ``"sample"`` draws for each sample: the block runs on those that survive, at least one. ``"batch"`` draws once for the
             mini-batch, the same on all ranks, and skips the block altogether.
         growth: ``"linear"``, ``p_l = l/L · p``, or ``"uniform"``, ``p_l = p``.
+        scaling: ``"training"`` scales the survivors by ``1/(1 − p_l)``; ``"evaluation"`` leaves them, and scales branches by ``1 − p_l``
+            when the Trainer validates, tests or predicts, as the paper does.
         name: Tells it apart in logs and checkpoints.
 
     Raises:
@@ -278,8 +190,8 @@ class StochasticDepth(RandomTrick):
         rate leaves. ``"batch"`` breaks the graph at each block.
 
     References:
-        - G. Huang, Y. Sun, Z. Liu, D. Sedra and K. Q. Weinberger, "Deep Networks with Stochastic Depth", ECCV, 2016. Differs from it in
-          scaling survivors in training rather than branches at test time, and in drawing for each sample by default.
+        - G. Huang, Y. Sun, Z. Liu, D. Sedra and K. Q. Weinberger, "Deep Networks with Stochastic Depth", ECCV, 2016. Differs from it, by
+          default, in scaling survivors in training rather than branches at test time, and in drawing for each sample and branch.
 
     Example:
         >>> StochasticDepth(0.1, where="layer*.?")
@@ -294,6 +206,7 @@ class StochasticDepth(RandomTrick):
         exclude: str | Sequence[str] = (),
         mode: Literal["sample", "batch"] = "sample",
         growth: Literal["linear", "uniform"] = "linear",
+        scaling: Literal["training", "evaluation"] = "training",
         name: str | None = None,
     ) -> None:
         super().__init__(name)
@@ -302,7 +215,9 @@ class StochasticDepth(RandomTrick):
         self.exclude = check_patterns("exclude", exclude, empty=True)
         self.mode = check_choice("mode", mode, ("sample", "batch"))
         self.growth = check_choice("growth", growth, ("linear", "uniform"))
-        self._droppings: list[Dropping] = []
+        self.scaling = check_choice("scaling", scaling, ("training", "evaluation"))
+        self._stand_ins: list[StandIn] = []
+        self._now = rate if isinstance(rate, float | int) else 0.0
 
     @property
     @override
@@ -314,28 +229,52 @@ class StochasticDepth(RandomTrick):
         if self.mode == "batch":
             refuse_strategies(trainer, repr(self), _NO_SKIPPING)
         super().setup(trainer, pl_module, stage)
+        if stage != "fit" and self.scaling == "evaluation":
+            self._undo()
+            self._do(pl_module)
 
     @override
     def attach(self, module: LightningModule) -> None:
-        blocks, left = _find(module, self.where, self.exclude, self.mode, trick=repr(self))
+        found, left = _find(module, self.where, self.exclude, self.mode, trick=repr(self))
         if self.rate == 0:
             return
+        plan = Plan(self.mode, self.scaling, self._clock, repr(self))
         least = self.rate.bounds[0] if isinstance(self.rate, Schedule) else self.rate
         least = 0.0 if isinstance(self.rate, Schedule) and self.rate.warmup else least
-        self._droppings = _attach(module, blocks, self.mode, self._clock, owner=repr(self), least=max(0.0, least), growth=self.growth)
-        rank_zero_info(f"{self!r} drops {', '.join(blocks)}." + "".join(f" Not {name}: {reason}." for name, reason in left.items()))
+        self._stand_ins = attach(module, found, plan, least=max(0.0, least), growth=self.growth)
+        set_rates(self._stand_ins, self._now)  # until the first batch
+        branches = {name: " and ".join(last for _, last in each.pairs) for name, each in found.items()}
+        listed = ", ".join(f"{name} ({ends})" if ends and name == found[name].name else name for name, ends in branches.items())
+        rank_zero_info(f"{self!r} drops {listed}." + "".join(f" Not {name}: {reason}." for name, reason in left.items()))
 
     @override
     def detach(self) -> None:
-        _detach(self._droppings)
-        self._droppings = []
+        detach(self._stand_ins)
+        self._stand_ins = []
 
     @override
     def set_value(self, value: float) -> None:
-        _set_rates(self._droppings, value, self.growth)
-        for dropping in self._droppings:
-            dropping.rows = None
+        set_rates(self._stand_ins, value)
+        for each in droppables(self._stand_ins):
+            each.rows = None
 
     @override
     def shares(self) -> Sequence[float]:
-        return [share for each in self._droppings if (share := each.dropped) is not None]
+        return [share for each in droppables(self._stand_ins) if (share := each.dropped) is not None]
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._undo()
+        super().teardown(trainer, pl_module, stage)
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        write_entry(checkpoint, self.state_key, repr(self), {"seed": self._seed, "rate": self._now})
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        entry = read_entry(checkpoint, self.state_key)
+        if entry is not None and isinstance(self.rate, Schedule):
+            self._now = float(entry.get("rate", self._now))  # absent where an earlier version has written it
+            set_rates(self._stand_ins, self._now)
