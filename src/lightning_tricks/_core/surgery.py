@@ -64,7 +64,7 @@ class StandIn:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.before: Callable[..., Any] | None = None  # what stood in for it already
+        self.before: Any = None  # what stood in for it already
 
     def plain(self, *arguments: Any, **options: Any) -> Any:
         """Compute what the module computes without its stand-in."""
