@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tricks._core.strategies import plain_name, unwrapped
-from lightning_tricks._core.surgery import StandIn
+from lightning_tricks._core.surgery import StandIn, stand_ins, stand_ins_of
 from lightning_tricks.data._statistics import Per, StandardizationStatistics, Whitening, whitening_matrix
 from lightning_tricks.errors import NothingMatchedError, TrickConflictError, TrickError
 
@@ -261,8 +261,8 @@ def attach(owner: nn.Module, name: str, part: Standardizer) -> Standardizer:
             )
             raise TrickConflictError(msg)
     owner.add_module(name, part)
-    stand_in: Any = vars(owner).get("forward")
-    if not isinstance(stand_in, Standardized):
+    stand_in = next((each for each in stand_ins_of(owner) if isinstance(each, Standardized)), None)
+    if stand_in is None:
         stand_in = Standardized(owner)
         stand_in.attach()
     stand_in.parts.append(name)
@@ -285,9 +285,8 @@ def remove_standardization(model: nn.Module) -> None:
         for name, child in list(owner.named_children()):
             if isinstance(child, Standardizer):
                 del owner._modules[name]
-        stand_in: Any = vars(owner).get("forward")
-        if isinstance(stand_in, Standardized):
-            stand_in.detach()
+    for stand_in in stand_ins(model, Standardized):
+        stand_in.detach()
 
 
 def submodule(model: nn.Module, name: str, *, trick: str) -> nn.Module:

@@ -19,6 +19,7 @@ from torch import nn
 from lightning_tricks._core.checks import check_count, check_in_interval
 from lightning_tricks._core.lightning import LightningModule, Trainer, defines, override, rank_zero_info
 from lightning_tricks._core.schedule import Schedule, check_varying
+from lightning_tricks._core.surgery import stand_ins
 from lightning_tricks.errors import NothingMatchedError, TrickError
 from lightning_tricks.stochastic._draws import Clock
 from lightning_tricks.stochastic._masked_layers import Masking, check_free
@@ -112,10 +113,9 @@ def remove_drop_connect(model: nn.Module) -> None:
         >>> "forward" in vars(model[0])
         False
     """
-    held = [each for module in model.modules() if isinstance(each := vars(module).get("forward"), WeightDropping | Averaging)]
-    droppings = {each.name: each.module for each in held if isinstance(each, WeightDropping)}
-    check_free(droppings, _FUNCTION)
-    _detach(held)
+    droppings = stand_ins(model, WeightDropping)
+    check_free({each.name: each.module for each in droppings}, _FUNCTION)
+    _detach([*droppings, *stand_ins(model, Averaging)])
     for key, hook in list(model._forward_pre_hooks.items()):
         if isinstance(hook, _Tick):
             del model._forward_pre_hooks[key]
@@ -231,8 +231,7 @@ class DropConnect(RandomTrick):
             return
         rate = 0.0 if isinstance(self.rate, Schedule) else self.rate
         self._droppings = self._masking.attach(module, layers, rate, self._clock, owner=repr(self))
-        forwards = (vars(child).get("forward") for child in module.modules())
-        self._activations = [each for each in forwards if isinstance(each, Averaging)]
+        self._activations = stand_ins(module, Averaging)
         rank_zero_info(f"{self!r} drops {', '.join(layers)}." + "".join(f" Not {name}: {reason}." for name, reason in left.items()))
 
     @override

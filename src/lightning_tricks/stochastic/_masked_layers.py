@@ -13,6 +13,7 @@ from torch import nn
 from lightning_tricks._core.checks import check_bool, check_choice, check_count, check_patterns
 from lightning_tricks._core.selection import matches
 from lightning_tricks._core.strategies import plain_name
+from lightning_tricks._core.surgery import stand_ins_of
 from lightning_tricks.errors import ArgumentError, NothingMatchedError, TrickConflictError
 from lightning_tricks.stochastic._draws import Clock
 from lightning_tricks.stochastic._drop_connect_layers import DropsWeights
@@ -133,7 +134,7 @@ class Masking:
             droppings.append(dropping)
         if self.inference == "gaussian":
             for module in model.modules():
-                if _is_activation(module) and not isinstance(vars(module).get("forward"), Averaging):
+                if _is_activation(module) and not any(isinstance(each, Averaging) for each in stand_ins_of(module)):
                     Averaging(module).attach()
         return droppings
 
@@ -160,7 +161,7 @@ def _is_activation(module: nn.Module) -> bool:
 
 def check_free(layers: Mapping[str, nn.Module], owner: str) -> None:
     for name, layer in layers.items():
-        held = vars(layer).get("forward")
-        if isinstance(held, WeightDropping) and held.owner != owner:
-            msg = f"{held.owner} and {owner} both drop weights of {name!r}. Keep one, or let them select different layers."
-            raise TrickConflictError(msg)
+        for held in stand_ins_of(layer):
+            if isinstance(held, WeightDropping) and held.owner != owner:
+                msg = f"{held.owner} and {owner} both drop weights of {name!r}. Keep one, or let them select different layers."
+                raise TrickConflictError(msg)
