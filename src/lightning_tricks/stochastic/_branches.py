@@ -87,7 +87,8 @@ class Ending(StandIn):
         if rows is None and factor is None:
             return result
         outputs, structure = tree_flatten(result)
-        place = next((i for i, each in enumerate(outputs) if isinstance(each, Tensor)), None)
+        places = [i for i, each in enumerate(outputs) if isinstance(each, Tensor)]
+        place = places[0] if places else None
         if place is None or (rows is not None and len(outputs[place]) != rows.computed):
             found = "no tensor" if place is None else f"{len(outputs[place])} rows"
             msg = f"{self.owner} drops branches that work on each sample by itself, and {self.name!r} made {found} of {rows}. Exclude it."

@@ -182,7 +182,7 @@ class Dropping(Droppable):
         place, output = self._first(outputs, inner)
         whole = x.to(output.dtype)
         passed = list(zip(tree_leaves((arguments, options)), given, strict=True))  # what may come out as it went in
-        outputs = [next((old for new, old in passed if new is each), rows.spread(each)) for each in outputs]
+        outputs = [([old for new, old in passed if new is each] or [rows.spread(each)])[0] for each in outputs]
         if self.activated or self.plan.scaling == "evaluation":
             output = rows.mask(output, inner.to(output.dtype))
             outputs[place] = output if rows.computed == rows.total else whole.index_copy(0, rows.chosen, output)
@@ -196,7 +196,8 @@ class Dropping(Droppable):
         return self._by_sample(arguments, options)
 
     def _first(self, outputs: list[Any], x: Tensor) -> tuple[int, Tensor]:
-        place = next((i for i, each in enumerate(outputs) if isinstance(each, Tensor)), None)
+        places = [i for i, each in enumerate(outputs) if isinstance(each, Tensor)]
+        place = places[0] if places else None
         output = None if place is None else outputs[place]
         if place is None or output is None or output.shape != x.shape:
             found = "no tensor" if output is None else f"a tensor of {tuple(output.shape)} from one of {tuple(x.shape)}"

@@ -132,7 +132,8 @@ def guesses(block: nn.Module, twin: nn.Module) -> Iterator[Call]:
 
 def first_tensor(values: Any) -> Tensor | None:
     """Return the first tensor of floating-point numbers in a structure."""
-    return next((each for each in tree_leaves(values) if isinstance(each, Tensor) and each.is_floating_point()), None)
+    found = [each for each in tree_leaves(values) if isinstance(each, Tensor) and each.is_floating_point()]
+    return found[0] if found else None  # older torch does not compile `next` with a default
 
 
 def _run(name: str, twin: nn.Module, calls: dict[str, Call]) -> bool:
