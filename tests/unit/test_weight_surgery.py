@@ -49,7 +49,9 @@ def effective(apply, weight):
     ids=lambda value: type(value).__name__,
 )
 def test_layers_compute_with_the_formula_and_train_through_it(apply, remove, layer, shape):
+    torch.manual_seed(0)
     layer = copy.deepcopy(layer).double()
+    layer.reset_parameters()
     plain, weight = copy.deepcopy(layer), layer.weight
     apply(layer, where="*")
     assert layer.weight is weight
