@@ -308,7 +308,10 @@ CASES = [
         acting={"source": "layer", "target": "rms"},
         neutral={"source": "layer", "target": "layer"},
         wrong=(
-            ({"source": "norm"}, "`source` must be one of 'batch', 'layer', 'group', 'instance', 'rms', 'ghost', 'sync', 'frozen'"),
+            (
+                {"source": "norm", "target": "layer"},
+                "`source` must be one of 'batch', 'layer', 'group', 'instance', 'rms', 'ghost', 'sync', 'frozen'",
+            ),
             ({"source": "none", "target": "batch"}, "got 'none'"),
             *(
                 ({"source": "batch", **arguments}, words)
@@ -339,6 +342,7 @@ CASES = [
             "lends": "layers of another kind change the weights themselves, and evaluations see what was trained",
             "pooled": "statistics of normalization layers are left to training",
             "remove": "a swap stays, since the weights that are trained are those of the new layers",
+            "weights": "weights of the old layers do not fit the new ones",
             "tensor parallel": "the model of that check has no normalization layer",
         },
     ),

@@ -4,7 +4,19 @@ import lightning_tricks as lt
 from contracts.cases import CASES
 from lightning_tricks._core.trick import Trick
 
-PROMISES = {"deepspeed", "keys", "lends", "neutral", "one process", "pooled", "ranks alike", "remove", "tensor parallel", "types"}
+PROMISES = {
+    "deepspeed",
+    "keys",
+    "lends",
+    "neutral",
+    "one process",
+    "pooled",
+    "ranks alike",
+    "remove",
+    "tensor parallel",
+    "types",
+    "weights",
+}
 
 
 def test_every_public_trick_has_a_row():

@@ -98,7 +98,9 @@ numbers: functional.MCRegression = functional.mc_dropout(model, torch.zeros(2), 
 masked: tuple[str, ...] = functional.apply_drop_connect(model, 0.5, kinds=nn.Linear, inference="sample", seed=3).layers[""]
 functional.remove_drop_connect(model)
 ensemble: nn.Module = tricks_nn.Ensemble([nn.Linear(2, 2)], combine="vote", class_dim=1, mode="loop")[:1]
-disagreement: torch.Tensor = tricks_nn.Ensemble.from_checkpoints(["a.ckpt"], lambda: nn.Linear(2, 2)).uncertainty(torch.zeros(1, 2)).epistemic
+disagreement: torch.Tensor = (
+    tricks_nn.Ensemble.from_checkpoints(["a.ckpt"], lambda: nn.Linear(2, 2)).uncertainty(torch.zeros(1, 2)).epistemic
+)
 linear: nn.Linear = tricks_nn.DropConnectLinear(4, 2, rate=0.5, granularity="example", inference="gaussian", activation=nn.ReLU())
 lstm: nn.LSTM = tricks_nn.DropConnectLSTM(4, 2, batch_first=True, rate=0.5)
 share: float = functional.ema_decay(3, 0.9, warmup=10)

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
 
 from lightning_tricks._core.checkpoint import read_changes, write_change
-from lightning_tricks._core.surgery import replace_module, when_built
+from lightning_tricks._core.surgery import StandIn, replace_module, when_built
 from lightning_tricks.errors import CheckpointError, NothingMatchedError, TrickError, UnsupportedStrategyError
 
 
@@ -38,6 +38,28 @@ def test_a_replaced_module_passes_on_its_mode_and_its_hooks():
     assert seen[3:] == [0, "its own"]
     old.eval()(torch.ones(2, 3))
     assert len(seen) == 5
+
+
+class Doubled(StandIn):
+    """Gives twice what the module gives."""
+
+    def __call__(self, x):
+        return 2 * self.plain(x)
+
+
+def test_what_stands_in_for_a_module_stands_in_for_the_one_that_replaces_it():
+    model = nn.Sequential(nn.ReLU())
+    old, inner, outer = model[0], Doubled(model[0]), Doubled(model[0])
+    inner.attach()
+    outer.attach()
+    replace_module(model, old, nn.Tanh())
+    x = torch.randn(3)
+    torch.testing.assert_close(model(x), 4 * x.tanh())
+    torch.testing.assert_close(old(x), x.relu())
+    inner.detach()
+    torch.testing.assert_close(model(x), 2 * x.tanh())
+    outer.detach()
+    assert "forward" not in vars(model[0])
 
 
 def test_a_model_cannot_be_replaced_within_itself():

@@ -105,7 +105,7 @@ def stand_ins_of(module: nn.Module) -> Iterator[StandIn]:
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put a module in the place of another, wherever a model holds it, with its mode and its hooks, whose handles stay valid.
+    """Put a module in the place of another, wherever a model holds it, with its mode, stand-ins and hooks, whose handles stay valid.
 
     Raises:
         TrickError: If the model does not hold it, or is it.
@@ -120,6 +120,12 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
         hooks.update(vars(new)[kind])
         setattr(new, kind, hooks)
         setattr(old, kind, type(hooks)())
+    outermost = next(stand_ins_of(old), None)
+    for each in stand_ins_of(old):
+        each.module = new
+    if outermost is not None:
+        new.forward = outermost  # type: ignore[assignment]
+        del old.forward
     for parent, name in places:
         parent._modules[name] = new
 
