@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from inspect import isclass
 from typing import IO, Any, TypeVar
 
@@ -13,6 +14,7 @@ from lightning_tricks.errors import ArgumentError, CheckpointError
 
 __all__ = ["load_from_checkpoint"]
 
+_CLASSES = {"swap_activation": ("source", "target")}  # arguments that may be paths of classes
 _M = TypeVar("_M", bound=LightningModule)
 
 
@@ -33,7 +35,8 @@ def load_from_checkpoint(model_class: type[_M], path: str | os.PathLike[str] | I
 
     Raises:
         ArgumentError: If `model_class` is no class of LightningModules.
-        CheckpointError: If the record is damaged, or names a change that this release does not know.
+        CheckpointError: If the record is damaged, names a change that this release does not know, or a class of a module that is not
+            imported yet, since a file shall not choose what is imported.
         TrickError: If a recorded change cannot be made to the model.
 
     Example:
@@ -67,6 +70,7 @@ def load_from_checkpoint(model_class: type[_M], path: str | os.PathLike[str] | I
                     "Upgrade lightning-tricks."
                 )
                 raise CheckpointError(msg)
+            _check_imported(*(arguments.get(key) for key in _CLASSES.get(function, ())))
             getattr(functional, function)(self, **arguments)
         model_class.on_load_checkpoint(self, checkpoint)
 
@@ -76,3 +80,13 @@ def load_from_checkpoint(model_class: type[_M], path: str | os.PathLike[str] | I
     model: _M = changed.load_from_checkpoint(path, **kwargs)
     model.__class__ = model_class
     return model
+
+
+def _check_imported(*paths: Any) -> None:
+    for path in paths:
+        home = str(path).partition("(")[0].rpartition(".")[0]
+        if home and home not in sys.modules:
+            msg = (
+                f"The checkpoint's model was changed with {path!r}, a class whose module is not imported. Import {home!r} if you trust it."
+            )
+            raise CheckpointError(msg)

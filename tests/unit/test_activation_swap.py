@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from functools import partial
 
 import pytest
@@ -337,3 +338,13 @@ def test_the_checkpoint_records_what_repeats_the_swap(tmp_path):
 def test_a_module_of_an_own_class_says_that_its_settings_cannot_be_read_off():
     with pytest.raises(errors.ArgumentError, match=r"`target` must say its settings where its class is no class of torch's, got Swish"):
         lt.ActivationSwap("relu", Swish())
+
+
+def test_a_checkpoint_imports_no_module_by_itself(tmp_path):
+    net = Net()
+    change = {"function": "swap_activation", "arguments": {"source": "relu", "target": "antigravity.Module(1)"}}
+    record = {"version": 1, "changes": [change]}
+    torch.save({"state_dict": net.state_dict(), "pytorch-lightning_version": "2.5.0", "lightning_tricks": record}, tmp_path / "odd.ckpt")
+    with pytest.raises(errors.CheckpointError, match=r"Import 'antigravity' if you trust it"):
+        lt.load_from_checkpoint(Net, tmp_path / "odd.ckpt")
+    assert "antigravity" not in sys.modules
