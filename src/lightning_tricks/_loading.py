@@ -86,7 +86,5 @@ def _check_imported(*paths: Any) -> None:
     for path in paths:
         home = str(path).partition("(")[0].rpartition(".")[0]
         if home and home not in sys.modules:
-            msg = (
-                f"The checkpoint's model was changed with {path!r}, a class whose module is not imported. Import {home!r} if you trust it."
-            )
+            msg = f"The checkpoint's model was changed with {path!r}, whose module is not imported. Import {home!r} if you trust it."
             raise CheckpointError(msg)

@@ -238,12 +238,15 @@ def check_resumes_in_the_middle_of_an_epoch(runs: Runs) -> None:
 
 
 def check_resumes_at_the_end_of_an_epoch(runs: Runs) -> None:
-    """A resumed run equals one that never stopped; under FSDP from a sharded checkpoint. DeepSpeed's are all of one kind."""
-    _resume(runs, 10, sharded="zero" not in runs.kind)
+    """A resumed run equals one that never stopped; from a sharded checkpoint, where a trick's state is sharded in one, and under FSDP2."""
+    state = runs.kind == "fsdp1" and runs.case.make().follows_weights
+    _resume(runs, 10, sharded=state or runs.kind == "fsdp2")
 
 
 def check_resumes_what_is_saved_after_the_fit(runs: Runs) -> None:
     """A checkpoint of the end, when the model may hold other weights than those that trained, has both."""
+    if "lends" in runs.case.skips:
+        return
     ended, path = runs.acting(), runs.checkpoints(sharded=False) / "end.ckpt"
     again, _ = fit([runs.case.make()], runs.case, runs.kind, ckpt_path=path)
     assert_equal(ended.weights, whole(again))
@@ -254,6 +257,8 @@ def check_resumes_what_is_saved_after_the_fit(runs: Runs) -> None:
 
 def check_exception_returns_training_weights(runs: Runs) -> None:
     """An exception in validation leaves the training weights in the shards."""
+    if "lends" in runs.case.skips:
+        return
 
     class Fails(Callback):
         def on_validation_epoch_end(self, trainer, pl_module):
