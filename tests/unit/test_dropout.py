@@ -343,7 +343,8 @@ def test_no_rate_matched():
         ({"rate": 1.0}, "`rate` must lie in [0, 1), got 1.0."),
         ({"rate": 0.1, "kind": "spatial"}, "`kind` must be one of None, 'element', 'channel', 'variational', 'alpha', 'channel_alpha'"),
         ({"rate": 0.1, "after": ""}, "`after` must be a glob over qualified names"),
-        ({"rate": 0.1, "seed": -1}, "`seed` must be a whole number"),
+        ({"rate": 0.1, "seed": -1}, "`seed` must be a whole number of at least 0, got -1."),
+        ({"rate": 0.1, "seed": "1"}, "`seed` must be a whole number of at least 0, got '1'."),
     ],
 )
 def test_wrong_arguments(arguments, words):

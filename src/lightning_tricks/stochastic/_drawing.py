@@ -73,7 +73,7 @@ class _Tick:
 
 def check_seed(seed: int) -> int:
     """Accept a whole number of at least 0."""
-    return check_count("seed", seed + 1) - 1
+    return check_count("seed", seed, least=0)
 
 
 def apply_drawings(model: nn.Module, drawings: Sequence[Drawing], clock: Clock, *, strength: float) -> Changed:

@@ -90,7 +90,7 @@ def apply_drop_connect(
     """
     check_in_interval("rate", rate, "[0, 1)")
     masking = Masking(where, exclude, kinds, granularity, inference, draws, mask_bias)
-    clock = Clock(check_count("seed", seed + 1) - 1)
+    clock = Clock(check_count("seed", seed, least=0))
     remove_drop_connect(model)
     layers, left = masking.find(model, _FUNCTION)
     droppings = masking.attach(model, layers, rate, clock, owner=_FUNCTION)

@@ -100,7 +100,7 @@ def apply_dropout(
     """
     check_in_interval("rate", rate, "[0, 1)")
     where, after, exclude, kind = _check(where, after, exclude, kind)
-    clock = Clock(check_count("seed", seed + 1) - 1)
+    clock = Clock(check_count("seed", seed, least=0))
     plan = _find(model, where, after, exclude, kind, varying=False, trick=_FUNCTION)
     remove_dropout(model)
     before = {name: number.value for name, number in plan.numbers.items()}

@@ -94,7 +94,7 @@ def apply_stochastic_depth(
     check_choice("mode", mode, ("sample", "batch"))
     check_choice("growth", growth, ("linear", "uniform"))
     check_choice("scaling", scaling, ("training", "evaluation"))
-    clock = Clock(check_count("seed", seed + 1) - 1)
+    clock = Clock(check_count("seed", seed, least=0))
     found, left = _find(model, where, exclude, mode, trick=_FUNCTION)
     remove_stochastic_depth(model)
     attach(model, found, Plan(mode, scaling, clock, _FUNCTION), least=rate, growth=growth)
