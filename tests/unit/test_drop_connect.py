@@ -374,6 +374,16 @@ def test_noise_on_the_same_layers_acts_outside_of_masks_whatever_comes_first(arg
     torch.testing.assert_close(outputs[0], outputs[1])
 
 
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [(nn.Linear(4, 2), torch.ones(0, 4)), (nn.Embedding(4, 2), torch.ones(0, 3).long()), (nn.Conv1d(4, 2, 1), torch.ones(0, 4, 3))],
+)
+def test_an_empty_batch_by_example_gives_what_the_plain_layer_gives(layer, x):
+    model = nn.Sequential(copy.deepcopy(layer))
+    apply_drop_connect(model, RATE, granularity="example")
+    assert model(x).shape == layer(x).shape
+
+
 def noisy(model):
     apply_feature_noise(model, 0.5, where="layer")
 

@@ -116,9 +116,10 @@ def remove_drop_connect(model: nn.Module) -> None:
     droppings = stand_ins(model, WeightDropping)
     check_free({each.name: each.module for each in droppings}, _FUNCTION)
     _detach([*droppings, *stand_ins(model, Averaging)])
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if isinstance(hook, _Tick):
-            del model._forward_pre_hooks[key]
+    for module in model.modules():  # a part of which may have been changed by itself
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, _Tick):
+                del module._forward_pre_hooks[key]
 
 
 class _Tick:

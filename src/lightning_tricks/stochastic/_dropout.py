@@ -122,10 +122,11 @@ def remove_dropout(model: nn.Module) -> None:
         >>> model[0].p
         0.1
     """
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if isinstance(hook, Applied):
-            hook.surgery.undo()
-            del model._forward_pre_hooks[key]
+    for module in model.modules():  # a part of which may have been changed by itself
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, Applied):
+                hook.surgery.undo()
+                del module._forward_pre_hooks[key]
 
 
 _Where = str | tuple[str, ...]

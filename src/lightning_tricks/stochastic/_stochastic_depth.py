@@ -118,9 +118,10 @@ def remove_stochastic_depth(model: nn.Module) -> None:
     """
     check_free(model, _FUNCTION)
     detach(held_by(model))
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if isinstance(hook, _Tick):
-            del model._forward_pre_hooks[key]
+    for module in model.modules():  # a part of which may have been changed by itself
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, _Tick):
+                del module._forward_pre_hooks[key]
 
 
 class _Tick:

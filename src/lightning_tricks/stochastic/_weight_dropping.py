@@ -212,7 +212,7 @@ class WeightDropping(StandIn):
     # By example
 
     def _multiply(self, keys: Mapping[str, Any], input: Tensor) -> Tensor:  # noqa: A002, as torch names it
-        examples = input.reshape(len(input) if input.ndim > 1 else 1, -1, input.shape[-1])
+        examples = input.reshape(len(input) if input.ndim > 1 else 1, input.shape[1:-1].numel(), input.shape[-1])
         output = self._add_bias(keys, product_by_example(examples, self.tensor("weight"), keys["weight"], self.rate), -1)
         return output.view(*input.shape[:-1], output.shape[-1])
 
@@ -243,7 +243,7 @@ class WeightDropping(StandIn):
         rows: Tensor = self.plain(input)
         if self.granularity == "example":
             key = keys_of_examples(key, len(input), input.device).view(-1, *[1] * (input.ndim - 1))
-            flat = input.reshape(len(input), -1)
+            flat = input.reshape(len(input), input.shape[1:].numel())
             mask = kept_rows(key.reshape(-1, 1), flat, rows.shape[-1], self.rate.threshold).view(rows.shape)
         else:
             mask = kept_rows(key, input, rows.shape[-1], self.rate.threshold)
