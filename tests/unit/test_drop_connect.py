@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lightning_tricks as lt
 from lightning_tricks import errors
-from lightning_tricks.functional import apply_drop_connect, remove_drop_connect
+from lightning_tricks.functional import apply_drop_connect, apply_feature_noise, remove_drop_connect, remove_feature_noise
 from lightning_tricks.stochastic._weight_masks import Rate, kept, kept_rows, key_of, key_of_example, normal
 from reference import drop_connect as reference
 
@@ -343,8 +343,49 @@ def test_subclasses_with_a_forward_pass_of_their_own_keep_it():
     twin = copy.deepcopy(model)
     apply_drop_connect(model, RATE)
     torch.testing.assert_close(model(x), reference.by_batch(twin, (x,), masks_of(model), RATE))
-    with pytest.raises(errors.NothingMatchedError, match=r"'layer': its class has a forward pass of its own; pass `granularity='batch'`"):
+    with pytest.raises(errors.NothingMatchedError, match=r"'layer': it has a forward pass of its own; pass `granularity='batch'`"):
         apply_drop_connect(model, RATE, granularity="example")
+
+
+def test_a_layer_whose_forward_pass_somebody_has_replaced_is_masked_by_batch_only():
+    model, x = net(lambda: nn.Linear(5, 4, bias=False)), double(3, 5)
+    twin, own = copy.deepcopy(model), model.layer.forward
+    model.layer.forward = lambda x: 2 * own(x)
+    with pytest.raises(errors.NothingMatchedError, match=r"'layer': it has a forward pass of its own; pass `granularity='batch'`"):
+        apply_drop_connect(model, RATE, granularity="example")
+    apply_drop_connect(model, RATE)
+    torch.testing.assert_close(model(x), 2 * reference.by_batch(twin, (x,), masks_of(model), RATE))
+
+
+@pytest.mark.parametrize("arguments", [{"granularity": "example"}, {"inference": "gaussian"}])
+def test_noise_on_the_same_layers_acts_outside_of_masks_whatever_comes_first(arguments):
+    x, changes = double(3, 5), (lambda model: apply_drop_connect(model, RATE, **arguments), noisy)
+    outputs = []
+    for order in (changes, changes[::-1]):
+        torch.manual_seed(0)
+        model = net(lambda: nn.Linear(5, 4))
+        own = set(vars(model.layer))
+        for change in order:
+            change(model)
+        outputs.append((model.train()(x), model.eval()(x)))
+        remove_drop_connect(model)
+        remove_feature_noise(model)
+        assert set(vars(model.layer)) == own
+    torch.testing.assert_close(outputs[0], outputs[1])
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [(nn.Linear(4, 2), torch.ones(0, 4)), (nn.Embedding(4, 2), torch.ones(0, 3).long()), (nn.Conv1d(4, 2, 1), torch.ones(0, 4, 3))],
+)
+def test_an_empty_batch_by_example_gives_what_the_plain_layer_gives(layer, x):
+    model = nn.Sequential(copy.deepcopy(layer))
+    apply_drop_connect(model, RATE, granularity="example")
+    assert model(x).shape == layer(x).shape
+
+
+def noisy(model):
+    apply_feature_noise(model, 0.5, where="layer")
 
 
 def test_the_weights_are_back_after_an_exception():

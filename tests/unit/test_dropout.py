@@ -343,7 +343,8 @@ def test_no_rate_matched():
         ({"rate": 1.0}, "`rate` must lie in [0, 1), got 1.0."),
         ({"rate": 0.1, "kind": "spatial"}, "`kind` must be one of None, 'element', 'channel', 'variational', 'alpha', 'channel_alpha'"),
         ({"rate": 0.1, "after": ""}, "`after` must be a glob over qualified names"),
-        ({"rate": 0.1, "seed": -1}, "`seed` must be a whole number"),
+        ({"rate": 0.1, "seed": -1}, "`seed` must be a whole number of at least 0, got -1."),
+        ({"rate": 0.1, "seed": "1"}, "`seed` must be a whole number of at least 0, got '1'."),
     ],
 )
 def test_wrong_arguments(arguments, words):
@@ -481,3 +482,12 @@ def test_compiled_parts_have_the_names_and_the_draws_of_plain_ones():
         assert apply_dropout(each, 0.1).rates == {"part.2": 0.1}
         assert apply_dropout(each, 0.5, after="ReLU").rates == apply_dropout(each, 0.5, after="*.1").rates == {"part.1": 0.5}
     assert torch.equal(compiled["part"](x), model["part"](x))
+
+
+def test_what_was_done_to_a_part_is_replaced_and_removed_with_the_whole():
+    model = nn.Sequential(nn.Sequential(nn.Dropout(0.1), nn.ReLU()), nn.ReLU())
+    apply_dropout(model[0], 0.5, kind="channel")
+    apply_dropout(model, 0.3, kind="channel")
+    remove_dropout(model)
+    assert not any("forward" in vars(module) or module._forward_pre_hooks for module in model.modules())
+    assert model[0][0].p == 0.1

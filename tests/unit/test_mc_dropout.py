@@ -145,6 +145,8 @@ def test_impossible_classes_have_no_entropy():
         (nn.Sequential(nn.Dropout()), {"samples": 0}, errors.ArgumentError, "`samples` must be a whole number of at least 1"),
         (nn.Sequential(nn.Dropout()), {"task": "ranking"}, errors.ArgumentError, "`task` must be one of 'classification', 'regression'"),
         (nn.Sequential(nn.Linear(4, 1), nn.Dropout()), {}, errors.TrickError, "at least two classes, got logits of shape (6, 1)"),
+        (nn.Dropout(), {"dim": 2}, errors.TrickError, "`dim=2` must be a dimension of at least two classes, got logits of shape (6, 4)"),
+        (nn.Dropout(), {"seed": -1}, errors.ArgumentError, "`seed` must be a whole number of at least 0, got -1."),
         (nn.Sequential(nn.Dropout(), nn.LSTM(4, 2)), {}, errors.TrickError, "got a tuple. Wrap it"),
     ],
 )

@@ -325,3 +325,12 @@ def test_compiles_whole_to_the_same_numbers_and_once_whatever_the_rate():
         x = torch.randn(8, 6, dtype=torch.float64)
         torch.testing.assert_close(compiled(x), model(x))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_an_empty_batch_passes_and_a_part_that_was_changed_by_itself_comes_back_with_the_whole():
+    model = nn.Sequential(nn.Sequential(*(nn.TransformerEncoderLayer(8, 2, batch_first=True, norm_first=True) for _ in range(2))))
+    apply_stochastic_depth(model[0], 0.5)
+    apply_stochastic_depth(model, 0.5, where="0.?")
+    assert model(torch.ones(0, 3, 8)).shape == (0, 3, 8)
+    remove_stochastic_depth(model)
+    assert not any("forward" in vars(module) or module._forward_pre_hooks for module in model.modules())

@@ -73,7 +73,7 @@ class _Tick:
 
 def check_seed(seed: int) -> int:
     """Accept a whole number of at least 0."""
-    return check_count("seed", seed + 1) - 1
+    return check_count("seed", seed, least=0)
 
 
 def apply_drawings(model: nn.Module, drawings: Sequence[Drawing], clock: Clock, *, strength: float) -> Changed:
@@ -97,9 +97,10 @@ def remove_drawings(model: nn.Module, kind: type[Drawing], *, function: str) -> 
             raise TrickConflictError(_conflict(model, drawing, function))
         drawing.detach()
     clocks = [drawing.clock for drawing in drawings]
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if isinstance(hook, _Tick) and any(hook.clock is clock for clock in clocks):
-            del model._forward_pre_hooks[key]
+    for module in model.modules():  # a part of which may have been changed by itself
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, _Tick) and any(hook.clock is clock for clock in clocks):
+                del module._forward_pre_hooks[key]
 
 
 def _attach(model: nn.Module, drawings: Sequence[Drawing]) -> None:

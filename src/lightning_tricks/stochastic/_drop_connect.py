@@ -90,7 +90,7 @@ def apply_drop_connect(
     """
     check_in_interval("rate", rate, "[0, 1)")
     masking = Masking(where, exclude, kinds, granularity, inference, draws, mask_bias)
-    clock = Clock(check_count("seed", seed + 1) - 1)
+    clock = Clock(check_count("seed", seed, least=0))
     remove_drop_connect(model)
     layers, left = masking.find(model, _FUNCTION)
     droppings = masking.attach(model, layers, rate, clock, owner=_FUNCTION)
@@ -116,9 +116,10 @@ def remove_drop_connect(model: nn.Module) -> None:
     droppings = stand_ins(model, WeightDropping)
     check_free({each.name: each.module for each in droppings}, _FUNCTION)
     _detach([*droppings, *stand_ins(model, Averaging)])
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if isinstance(hook, _Tick):
-            del model._forward_pre_hooks[key]
+    for module in model.modules():  # a part of which may have been changed by itself
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, _Tick):
+                del module._forward_pre_hooks[key]
 
 
 class _Tick:

@@ -100,7 +100,7 @@ def apply_dropout(
     """
     check_in_interval("rate", rate, "[0, 1)")
     where, after, exclude, kind = _check(where, after, exclude, kind)
-    clock = Clock(check_count("seed", seed + 1) - 1)
+    clock = Clock(check_count("seed", seed, least=0))
     plan = _find(model, where, after, exclude, kind, varying=False, trick=_FUNCTION)
     remove_dropout(model)
     before = {name: number.value for name, number in plan.numbers.items()}
@@ -122,10 +122,11 @@ def remove_dropout(model: nn.Module) -> None:
         >>> model[0].p
         0.1
     """
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if isinstance(hook, Applied):
-            hook.surgery.undo()
-            del model._forward_pre_hooks[key]
+    for module in model.modules():  # a part of which may have been changed by itself
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, Applied):
+                hook.surgery.undo()
+                del module._forward_pre_hooks[key]
 
 
 _Where = str | tuple[str, ...]

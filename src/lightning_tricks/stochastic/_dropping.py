@@ -97,8 +97,8 @@ class Droppable(StandIn):
 
     @property
     def dropped(self) -> float | None:
-        """The share of the latest batch that was dropped; None if the block has not run."""
-        if self.rows is None:
+        """The share of the latest batch that was dropped; None if the block has not run, or on none."""
+        if not self.rows:
             return None
         key, keep = self.key(int(self.plan.clock.now)), float(self.keep)
         return float(uniform(key) >= keep) if self.plan.mode == "batch" else 1.0 - _survivors(key, self.rows, keep) / self.rows
@@ -113,6 +113,8 @@ class Droppable(StandIn):
         key: Any
         keep: Any
         alive: Any
+        if count == 0:
+            return None, 1.0
         if torch.compiler.is_compiling():  # shapes must not depend on what is drawn, nor on a rate that varies
             key, keep = self.key(self.plan.clock.now), self.keep.clamp(min=1 / count)
             alive = torch.floor(count * keep + uniform(key)).long()

@@ -79,8 +79,9 @@ class Masking:
             return ""
         if self.inference == "gaussian":
             return "its output is no single product with its weight; pass `inference='mean'`"
-        if self.granularity == "example" and not any(type(module).forward is kind.forward for kind in KINDS.values()):
-            return "its class has a forward pass of its own; pass `granularity='batch'`"
+        steps = isinstance(module, nn.RNNBase | nn.RNNCellBase | nn.MultiheadAttention)  # which are run for one example after another
+        if self.granularity == "example" and not (steps and any(type(module).forward is kind.forward for kind in KINDS.values())):
+            return "it has a forward pass of its own; pass `granularity='batch'`"
         return ""
 
     def _diagnose(

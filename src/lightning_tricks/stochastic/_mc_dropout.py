@@ -105,7 +105,7 @@ def mc_dropout(
         samples: Number T of passes, at least 1.
         task: ``"classification"`` takes the outputs for logits; ``"regression"`` takes them as they are.
         dim: Dimension of the classes.
-        seed: What the draws follow from. Batches predicted with one seed share their draws.
+        seed: What the draws follow from, at least 0. Batches predicted with one seed share their draws.
 
     Returns:
         `MCClassification` or `MCRegression`, with statistics in at least float32.
@@ -133,6 +133,8 @@ def mc_dropout(
         (torch.Size([8, 3]), torch.Size([8]))
     """
     check_choice("task", task, ("classification", "regression"))
+    check_count("samples", samples)
+    check_count("seed", seed, least=0)
     moments = _Moments()
     entropies = _Moments()
 
@@ -143,9 +145,9 @@ def mc_dropout(
             raise TrickError(msg)
         output = output.to(torch.promote_types(output.dtype, torch.float32))
         if task == "classification":
-            if output.ndim == 0 or output.shape[dim] < 2:
+            if dim not in range(-output.ndim, output.ndim) or output.shape[dim] < 2:
                 msg = (
-                    f"`dim={dim}` must be a dimension of at least two classes, got logits of shape {tuple(output.shape)}. "
+                    f"`dim={dim!r}` must be a dimension of at least two classes, got logits of shape {tuple(output.shape)}. "
                     "For one logit z of two classes, let the model give (0, z)."
                 )
                 raise TrickError(msg)
@@ -154,7 +156,7 @@ def mc_dropout(
         moments.add(output)
 
     with torch.no_grad():
-        _draw_passes(model, lambda: model(x), samples=check_count("samples", samples), seed=seed, take=take, caller=f"`{_CALLER}`")
+        _draw_passes(model, lambda: model(x), samples=samples, seed=seed, take=take, caller=f"`{_CALLER}`")
     if task == "regression":
         return MCRegression(moments.mean, moments.variance)
     entropy, expected = _entropy(moments.mean, dim), entropies.mean

@@ -94,7 +94,7 @@ def apply_stochastic_depth(
     check_choice("mode", mode, ("sample", "batch"))
     check_choice("growth", growth, ("linear", "uniform"))
     check_choice("scaling", scaling, ("training", "evaluation"))
-    clock = Clock(check_count("seed", seed + 1) - 1)
+    clock = Clock(check_count("seed", seed, least=0))
     found, left = _find(model, where, exclude, mode, trick=_FUNCTION)
     remove_stochastic_depth(model)
     attach(model, found, Plan(mode, scaling, clock, _FUNCTION), least=rate, growth=growth)
@@ -118,9 +118,10 @@ def remove_stochastic_depth(model: nn.Module) -> None:
     """
     check_free(model, _FUNCTION)
     detach(held_by(model))
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if isinstance(hook, _Tick):
-            del model._forward_pre_hooks[key]
+    for module in model.modules():  # a part of which may have been changed by itself
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, _Tick):
+                del module._forward_pre_hooks[key]
 
 
 class _Tick:

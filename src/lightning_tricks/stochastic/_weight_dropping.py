@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
-from lightning_tricks._core.surgery import StandIn
+from lightning_tricks._core.surgery import StandIn, stand_ins_of
 from lightning_tricks.errors import TrickError
 from lightning_tricks.stochastic._draws import Clock, mix, tick
 from lightning_tricks.stochastic._weight_masks import (
@@ -66,8 +66,10 @@ def computes_as(module: nn.Module, base: type[nn.Module] | None = None) -> type[
     kind = next((kind for kind in kinds if isinstance(module, kind)), None)
     own = ("forward", "_conv_forward")
     plain = kind is not None and all(getattr(base or type(module), name, None) is getattr(kind, name, None) for name in own)
-    replaced = not isinstance(vars(module).get("forward"), WeightDropping | None)
-    return kind if plain and not replaced else None
+    innermost: Any = vars(module).get("forward")
+    while isinstance(innermost, StandIn):  # none of which computes with the weight by itself
+        innermost = innermost.before
+    return kind if plain and innermost is None else None
 
 
 class WeightDropping(StandIn):
@@ -99,6 +101,15 @@ class WeightDropping(StandIn):
         self.calls = torch.zeros((), dtype=torch.int64)  # in evaluation
         self.ran = False  # since the latest batch began
         self.spread = self.taken = False  # whether a deviation was given to what follows, and an activation took it
+
+    @override
+    def attach(self) -> None:
+        """Take the place of the module's own `forward`, within whatever else stands in for it, which acts on input or output."""
+        outer = list(stand_ins_of(self.module))
+        if not outer:
+            super().attach()
+        elif self not in outer:
+            self.before, outer[-1].before = outer[-1].before, self
 
     @override
     def detach(self) -> None:
@@ -201,7 +212,7 @@ class WeightDropping(StandIn):
     # By example
 
     def _multiply(self, keys: Mapping[str, Any], input: Tensor) -> Tensor:  # noqa: A002, as torch names it
-        examples = input.reshape(len(input) if input.ndim > 1 else 1, -1, input.shape[-1])
+        examples = input.reshape(len(input) if input.ndim > 1 else 1, input.shape[1:-1].numel(), input.shape[-1])
         output = self._add_bias(keys, product_by_example(examples, self.tensor("weight"), keys["weight"], self.rate), -1)
         return output.view(*input.shape[:-1], output.shape[-1])
 
@@ -232,7 +243,7 @@ class WeightDropping(StandIn):
         rows: Tensor = self.plain(input)
         if self.granularity == "example":
             key = keys_of_examples(key, len(input), input.device).view(-1, *[1] * (input.ndim - 1))
-            flat = input.reshape(len(input), -1)
+            flat = input.reshape(len(input), input.shape[1:].numel())
             mask = kept_rows(key.reshape(-1, 1), flat, rows.shape[-1], self.rate.threshold).view(rows.shape)
         else:
             mask = kept_rows(key, input, rows.shape[-1], self.rate.threshold)
