@@ -68,6 +68,19 @@ def test_files_of_weights_only_record_the_swap(tmp_path):
     assert_equal(weights(loaded), weights(run.module))
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_files_of_weights_only_record_all_changes_also_after_the_fit(order, tmp_path):
+    tricks = [swap(), lt.InputStandardization(), lt.ActivationSwap("relu", "gelu"), lt.ActivationSwap("gelu", "prelu", name="second")]
+    if order < 0:
+        tricks = [*tricks[2:], *tricks[1::-1]]
+    run = fit([*tricks, ModelCheckpoint(tmp_path, filename="within", save_weights_only=True)])
+    run.trainer.save_checkpoint(tmp_path / "after.ckpt", weights_only=True)
+    x = torch.randn(2, 1, 8, 8)
+    for file in ("within.ckpt", "after.ckpt"):
+        loaded = lt.load_from_checkpoint(Net, tmp_path / file)
+        assert torch.equal(loaded.eval()(x), run.module.eval()(x))
+
+
 def test_a_checkpoint_without_changes_loads_as_ever(tmp_path):
     run = fit([ModelCheckpoint(tmp_path, filename="last")])
     assert_equal(weights(lt.load_from_checkpoint(Net, tmp_path / "last.ckpt")), weights(run.module))

@@ -21,9 +21,9 @@ from lightning_tricks._core.checkpoint import read_changes, write_change, write_
 from lightning_tricks._core.checks import check_count
 from lightning_tricks._core.lightning import LightningModule, Trainer, override, rank_zero_info
 from lightning_tricks._core.loaders import evaluate_batch, training_pass, untouched
+from lightning_tricks._core.recording import RecordingTrick
 from lightning_tricks._core.strategies import refuse_strategies
 from lightning_tricks._core.surgery import Patches, when_built
-from lightning_tricks._core.trick import Trick
 from lightning_tricks.errors import ArgumentError, CheckpointError
 from lightning_tricks.normalization._norm_calibration import Pair, calibrate_norms
 from lightning_tricks.normalization._norm_plan import Settings, Swapped, carry_out
@@ -104,7 +104,7 @@ def _check_batches(batches: Sequence[Any]) -> None:
         raise ArgumentError(msg)
 
 
-class NormSwap(Trick):
+class NormSwap(RecordingTrick):
     """Swap a model's normalization layers for those of another kind, before training, so that it starts from the function it has.
 
     With running statistics m and v of a layer's inputs, and M and V those that the new kind pools,
@@ -176,7 +176,6 @@ class NormSwap(Trick):
         self._undo()
         self._built = when_built(pl_module, self._swap, trick=repr(self), function=_FUNCTION)
         self._patches.wrap(trainer.strategy, "load_checkpoint", lambda load: partial(self._load, load))
-        self._patches.wrap(pl_module, "on_save_checkpoint", lambda save: partial(self._save, save))
         if stage == "fit":
             self._patches.wrap(trainer.fit_loop, "on_run_start", lambda start: partial(self._start, trainer, pl_module, start))
 
@@ -227,6 +226,7 @@ class NormSwap(Trick):
     def _change(self) -> tuple[str, dict[str, Any]]:
         return _FUNCTION, self._settings.record
 
+    @override
     def _record(self, checkpoint: dict[str, Any]) -> None:
         if self._recorded and self._change not in read_changes(checkpoint):
             write_change(checkpoint, *self._change)
@@ -234,12 +234,6 @@ class NormSwap(Trick):
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         write_entry(checkpoint, self.state_key, repr(self), {})
-        self._record(checkpoint)
-
-    def _save(self, save: Callable[[dict[str, Any]], None], checkpoint: dict[str, Any]) -> None:
-        """Record the swap in files that hold weights only, too, of which callbacks do not hear."""
-        save(checkpoint)
-        self._record(checkpoint)
 
     def _load(self, load: Callable[..., dict[str, Any]], *arguments: Any, **options: Any) -> dict[str, Any]:
         advice = "Load it into the model before the fit, which then swaps its layers, or remove the callback to go on without the swap."
