@@ -531,3 +531,14 @@ def test_an_exception_in_calibration_leaves_new_layers_and_modes():
     assert isinstance(model.norm1, ltn.LayerNorm2d)
     assert all(module.training for module in model.modules())
     assert not model.norm1._forward_pre_hooks
+
+
+@pytest.mark.parametrize("target", ["batch", "none"])
+def test_what_stands_in_for_a_threshold_may_be_overwritten_as_residual_networks_do(target):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), ltn.FilterResponseNorm(4))
+    swap_norm(model, "response", target)
+    out = model(torch.randn(2, 3, 5, 5))
+    assert (out >= 0).all()
+    out += 1
+    out.sum().backward()
+    assert model[0].weight.grad.abs().sum() > 0

@@ -130,7 +130,7 @@ def build_norm(norm: Norm, target: Kind, groups: Groups, ghost_size: int) -> nn.
     """Build a layer of another kind that starts from what a layer computes, where it lies."""
     after = dict(norm.after)
     if norm.threshold is not None and target != "response":
-        after["act"] = nn.ReLU()
+        after["act"] = nn.Threshold(0.0, 0.0)  # a ReLU whose output may be overwritten, as residual networks do
     if target == "none":
         return nn.Sequential(OrderedDict(after)) if after else nn.Identity()
     new = _make(norm, target, groups, ghost_size)
