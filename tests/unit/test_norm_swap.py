@@ -542,3 +542,16 @@ def test_what_stands_in_for_a_threshold_may_be_overwritten_as_residual_networks_
     out += 1
     out.sum().backward()
     assert model[0].weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("target", ["layer", "none"])
+def test_an_activation_inside_a_layer_acts_once_after_several_swaps(target):
+    model = nn.Sequential(Activated(4))
+    swap_norm(model, "batch", "group", groups=2)
+    swap_norm(model, "group", target)
+    inner = list(model[0].children())
+    x, calls = images(4).float(), []
+    for module in inner:
+        module.register_forward_hook(lambda module, *_: calls.append(module))
+    model(x)
+    assert calls == inner

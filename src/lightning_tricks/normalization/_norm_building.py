@@ -59,6 +59,8 @@ class Groups:
 class _Followed(StandIn):
     """Lets a layer's output go through modules inside it, such as an activation."""
 
+    inherent = True
+
     def __init__(self, module: nn.Module, names: tuple[str, ...]) -> None:
         super().__init__(module)
         self.names = names
