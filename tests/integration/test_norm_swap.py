@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -253,3 +254,14 @@ def test_copies_of_a_swapped_module_train():
     make_trainer([swap()], max_epochs=1).fit(twin, Loader())
     assert not torch.equal(weights(twin)["body.1.weight"], before["body.1.weight"])
     assert_equal(weights(run.module), before)
+
+
+@pytest.mark.parametrize("order", list(permutations(range(3)))[1:])
+def test_what_is_measured_before_training_does_not_depend_on_the_order_of_callbacks(order):
+    def tricks():
+        return [lt.InputStandardization(), swap(calibrate=2), lt.Initialization("lsuv", seed=1)]
+
+    one, other = tricks(), tricks()
+    first, second = fit(one, max_epochs=1), fit([other[i] for i in order], max_epochs=1)
+    assert_equal(weights(second.module), weights(first.module))
+    assert "on_run_start" not in vars(second.trainer.fit_loop)  # where a second fit would measure again

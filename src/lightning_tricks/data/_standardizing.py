@@ -23,6 +23,7 @@ from lightning_tricks._core.lightning import (
     rank_zero_warn,
 )
 from lightning_tricks._core.loaders import move_batch, training_pass
+from lightning_tricks._core.preparing import prepare
 from lightning_tricks._core.recording import RecordingTrick
 from lightning_tricks._core.surgery import Patches
 from lightning_tricks.data._standardizer import Standardizer, attach, submodule
@@ -109,7 +110,7 @@ class StandardizingTrick(RecordingTrick):
         if trainer.strategy.restore_checkpoint_after_setup:
             self._patches.wrap(trainer.strategy, "load_checkpoint", lambda load: partial(self._load, pl_module, load))
         if stage == "fit":
-            self._patches.wrap(trainer.fit_loop, "on_run_start", lambda start: partial(self._start, trainer, pl_module, start))
+            self._patches.also(prepare(trainer, partial(self._start, trainer, pl_module), turn=1))
 
     def _overlaps(self, other: StandardizingTrick) -> bool:
         """Tell whether another of the same kind, on the same module, would change the same tensor."""
@@ -133,14 +134,13 @@ class StandardizingTrick(RecordingTrick):
     def _waits(self) -> bool:
         return self._part is not None and self._part.statistics is None
 
-    def _start(self, trainer: Trainer, module: LightningModule, start: Callable[[], None]) -> None:
+    def _start(self, trainer: Trainer, module: LightningModule) -> None:
         """Measure when the training data are loaded, and before any other callback is told that training starts."""
         if self._waits:
             _measure(trainer, module, [each for each in callbacks_of(trainer) if isinstance(each, StandardizingTrick) and each._waits])
         if self._part is not None:
             self._part.reached = False
         self._checked = False
-        start()
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int) -> None:

@@ -21,6 +21,7 @@ from lightning_tricks._core.checkpoint import read_changes, write_change, write_
 from lightning_tricks._core.checks import check_count
 from lightning_tricks._core.lightning import LightningModule, Trainer, override, rank_zero_info
 from lightning_tricks._core.loaders import evaluate_batch, training_pass, untouched
+from lightning_tricks._core.preparing import prepare
 from lightning_tricks._core.recording import RecordingTrick
 from lightning_tricks._core.strategies import refuse_strategies
 from lightning_tricks._core.surgery import Patches, when_built
@@ -177,7 +178,7 @@ class NormSwap(RecordingTrick):
         self._built = when_built(pl_module, self._swap, trick=repr(self), function=_FUNCTION)
         self._patches.wrap(trainer.strategy, "load_checkpoint", lambda load: partial(self._load, load))
         if stage == "fit":
-            self._patches.wrap(trainer.fit_loop, "on_run_start", lambda start: partial(self._start, trainer, pl_module, start))
+            self._patches.also(prepare(trainer, partial(self._calibrate, trainer, pl_module), turn=2))  # on inputs as they will be
 
     def _swap(self, module: LightningModule) -> None:
         plan = carry_out(module, self._settings, trick=repr(self), measured=self.calibrate is not None)
@@ -188,8 +189,7 @@ class NormSwap(RecordingTrick):
             listed = "".join(f" {name}: {text}." for name, text in {**report.notices, **report.left}.items())
             rank_zero_info(f"{self!r} swapped {', '.join(report.swapped) or 'nothing'}.{listed}")
 
-    def _start(self, trainer: Trainer, module: LightningModule, start: Callable[[], None]) -> None:
-        """Calibrate as the last thing before callbacks see the start of training."""
+    def _calibrate(self, trainer: Trainer, module: LightningModule) -> None:
         pairs, self._pairs = self._pairs, {}
         if pairs:
             index = count()
@@ -199,7 +199,6 @@ class NormSwap(RecordingTrick):
                 unfitted = calibrate_norms(module, pairs, batches, lambda batch: evaluate_batch(trainer, module, batch, next(index)))
             listed = "".join(f" Not {name}: {reason}." for name, reason in unfitted.items())
             rank_zero_info(f"{self!r} calibrated {len(pairs) - len(unfitted)} layers over {len(batches)} batches.{listed}")
-        start()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
