@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
@@ -96,6 +97,14 @@ def test_load_from_checkpoint_refuses_what_it_cannot_do(tmp_path):
         lt.load_from_checkpoint(Net, tmp_path / "newer.ckpt")
     with pytest.raises(errors.ArgumentError, match="`model_class` must be a class of LightningModules"):
         lt.load_from_checkpoint(run.module, tmp_path / "last.ckpt")
+
+    class Other(LightningModule):
+        def __init__(self, **_: object) -> None:
+            super().__init__()
+
+    with pytest.raises(errors.NothingMatchedError, match="has no normalization layers") as caught:
+        lt.load_from_checkpoint(Other, tmp_path / "last.ckpt")
+    assert caught.value.__notes__ == ["The checkpoint records this change. Load it with the class that was trained, not Other."]
 
 
 def test_models_built_late_are_swapped_and_loaded(tmp_path):
