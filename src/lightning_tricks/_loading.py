@@ -10,7 +10,7 @@ from typing import IO, Any, TypeVar
 from lightning_tricks import functional
 from lightning_tricks._core.checkpoint import read_changes
 from lightning_tricks._core.lightning import LightningModule, is_lightning_module_class
-from lightning_tricks.errors import ArgumentError, CheckpointError
+from lightning_tricks.errors import ArgumentError, CheckpointError, TrickError
 
 __all__ = ["load_from_checkpoint"]
 
@@ -71,7 +71,11 @@ def load_from_checkpoint(model_class: type[_M], path: str | os.PathLike[str] | I
                 )
                 raise CheckpointError(msg)
             _check_imported(*(arguments.get(key) for key in _CLASSES.get(function, ())))
-            getattr(functional, function)(self, **arguments)
+            try:
+                getattr(functional, function)(self, **arguments)
+            except TrickError as error:
+                error.add_note(f"The checkpoint records this change. Load it with the class that was trained, not {type(self).__name__}.")
+                raise
         model_class.on_load_checkpoint(self, checkpoint)
 
     # Lightning calls that hook between making a model and loading its weights; the class is the user's own again afterwards.

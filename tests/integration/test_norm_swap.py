@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import re
+from itertools import permutations
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
@@ -68,6 +70,19 @@ def test_files_of_weights_only_record_the_swap(tmp_path):
     assert_equal(weights(loaded), weights(run.module))
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_files_of_weights_only_record_all_changes_also_after_the_fit(order, tmp_path):
+    tricks = [swap(), lt.InputStandardization(), lt.ActivationSwap("relu", "gelu"), lt.ActivationSwap("gelu", "prelu", name="second")]
+    if order < 0:
+        tricks = [*tricks[2:], *tricks[1::-1]]
+    run = fit([*tricks, ModelCheckpoint(tmp_path, filename="within", save_weights_only=True)])
+    run.trainer.save_checkpoint(tmp_path / "after.ckpt", weights_only=True)
+    x = torch.randn(2, 1, 8, 8)
+    for file in ("within.ckpt", "after.ckpt"):
+        loaded = lt.load_from_checkpoint(Net, tmp_path / file)
+        assert torch.equal(loaded.eval()(x), run.module.eval()(x))
+
+
 def test_a_checkpoint_without_changes_loads_as_ever(tmp_path):
     run = fit([ModelCheckpoint(tmp_path, filename="last")])
     assert_equal(weights(lt.load_from_checkpoint(Net, tmp_path / "last.ckpt")), weights(run.module))
@@ -82,6 +97,14 @@ def test_load_from_checkpoint_refuses_what_it_cannot_do(tmp_path):
         lt.load_from_checkpoint(Net, tmp_path / "newer.ckpt")
     with pytest.raises(errors.ArgumentError, match="`model_class` must be a class of LightningModules"):
         lt.load_from_checkpoint(run.module, tmp_path / "last.ckpt")
+
+    class Other(LightningModule):
+        def __init__(self, **_: object) -> None:
+            super().__init__()
+
+    with pytest.raises(errors.NothingMatchedError, match="has no normalization layers") as caught:
+        lt.load_from_checkpoint(Other, tmp_path / "last.ckpt")
+    assert caught.value.__notes__ == ["The checkpoint records this change. Load it with the class that was trained, not Other."]
 
 
 def test_models_built_late_are_swapped_and_loaded(tmp_path):
@@ -240,3 +263,14 @@ def test_copies_of_a_swapped_module_train():
     make_trainer([swap()], max_epochs=1).fit(twin, Loader())
     assert not torch.equal(weights(twin)["body.1.weight"], before["body.1.weight"])
     assert_equal(weights(run.module), before)
+
+
+@pytest.mark.parametrize("order", list(permutations(range(3)))[1:])
+def test_what_is_measured_before_training_does_not_depend_on_the_order_of_callbacks(order):
+    def tricks():
+        return [lt.InputStandardization(), swap(calibrate=2), lt.Initialization("lsuv", seed=1)]
+
+    one, other = tricks(), tricks()
+    first, second = fit(one, max_epochs=1), fit([other[i] for i in order], max_epochs=1)
+    assert_equal(weights(second.module), weights(first.module))
+    assert "on_run_start" not in vars(second.trainer.fit_loop)  # where a second fit would measure again

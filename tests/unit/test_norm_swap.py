@@ -531,3 +531,27 @@ def test_an_exception_in_calibration_leaves_new_layers_and_modes():
     assert isinstance(model.norm1, ltn.LayerNorm2d)
     assert all(module.training for module in model.modules())
     assert not model.norm1._forward_pre_hooks
+
+
+@pytest.mark.parametrize("target", ["batch", "none"])
+def test_what_stands_in_for_a_threshold_may_be_overwritten_as_residual_networks_do(target):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), ltn.FilterResponseNorm(4))
+    swap_norm(model, "response", target)
+    out = model(torch.randn(2, 3, 5, 5))
+    assert (out >= 0).all()
+    out += 1
+    out.sum().backward()
+    assert model[0].weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("target", ["layer", "none"])
+def test_an_activation_inside_a_layer_acts_once_after_several_swaps(target):
+    model = nn.Sequential(Activated(4))
+    swap_norm(model, "batch", "group", groups=2)
+    swap_norm(model, "group", target)
+    inner = list(model[0].children())
+    x, calls = images(4).float(), []
+    for module in inner:
+        module.register_forward_hook(lambda module, *_: calls.append(module))
+    model(x)
+    assert calls == inner

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch.distributed.tensor import DTensor
 
@@ -30,6 +30,7 @@ class Patches:
 
     def __init__(self) -> None:
         self._undo: list[tuple[object, str, Callable[..., Any], Any]] = []
+        self._others: list[Callable[[], None]] = []
 
     def wrap(self, owner: object, name: str, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         """Replace ``owner.name`` by ``around(owner.name)``; a second call for the same method does nothing.
@@ -43,8 +44,14 @@ class Patches:
         setattr(owner, name, replacement)
         self._undo.append((owner, name, replacement, before))
 
+    def also(self, undo: Callable[[], None]) -> None:
+        """Call this, too, when all is undone."""
+        self._others.append(undo)
+
     def undo(self) -> None:
         """Take every replacement away that is still in place, latest first."""
+        while self._others:
+            self._others.pop()()
         while self._undo:
             owner, name, replacement, before = self._undo.pop()
             if vars(owner).get(name) is not replacement:
@@ -61,6 +68,8 @@ class StandIn:
     The module stays the same object of the same class with the same keys and parameters. Since this is no closure, a module that holds
     one can be pickled and copied, and a copy's stand-in belongs to the copy.
     """
+
+    inherent: ClassVar[bool] = False  # whether it is what the module itself computes, and goes when another takes the module's place
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -120,12 +129,10 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
         hooks.update(vars(new)[kind])
         setattr(new, kind, hooks)
         setattr(old, kind, type(hooks)())
-    outermost = next(stand_ins_of(old), None)
-    for each in stand_ins_of(old):
-        each.module = new
-    if outermost is not None:
-        new.forward = outermost  # type: ignore[assignment]
-        del old.forward
+    for each in reversed([each for each in stand_ins_of(old) if not each.inherent]):
+        each.detach()
+        each.module, each.before = new, None
+        each.attach()
     for parent, name in places:
         parent._modules[name] = new
 

@@ -23,8 +23,9 @@ from lightning_tricks._core.lightning import (
     rank_zero_warn,
 )
 from lightning_tricks._core.loaders import move_batch, training_pass
+from lightning_tricks._core.preparing import prepare
+from lightning_tricks._core.recording import RecordingTrick
 from lightning_tricks._core.surgery import Patches
-from lightning_tricks._core.trick import Trick
 from lightning_tricks.data._standardizer import Standardizer, attach, submodule
 from lightning_tricks.data._statistics import Collector, Per, StandardizationStatistics, Whitening, check_dim, check_item, tensor_in
 from lightning_tricks.errors import ArgumentError, NothingMatchedError, TrickConflictError, TrickError
@@ -37,7 +38,7 @@ __all__ = ["StandardizingTrick"]
 _PATIENCE = 30.0  # seconds between reports of progress
 
 
-class StandardizingTrick(Trick):
+class StandardizingTrick(RecordingTrick):
     """Measures before the first step of the first fit, and keeps what it has measured in the model and in checkpoints."""
 
     kind: ClassVar[type[Standardizer]]
@@ -109,8 +110,7 @@ class StandardizingTrick(Trick):
         if trainer.strategy.restore_checkpoint_after_setup:
             self._patches.wrap(trainer.strategy, "load_checkpoint", lambda load: partial(self._load, pl_module, load))
         if stage == "fit":
-            self._patches.wrap(pl_module, "on_save_checkpoint", lambda save: partial(self._save, save))
-            self._patches.wrap(trainer.fit_loop, "on_run_start", lambda start: partial(self._start, trainer, pl_module, start))
+            self._patches.also(prepare(trainer, partial(self._start, trainer, pl_module), turn=1))
 
     def _overlaps(self, other: StandardizingTrick) -> bool:
         """Tell whether another of the same kind, on the same module, would change the same tensor."""
@@ -134,14 +134,13 @@ class StandardizingTrick(Trick):
     def _waits(self) -> bool:
         return self._part is not None and self._part.statistics is None
 
-    def _start(self, trainer: Trainer, module: LightningModule, start: Callable[[], None]) -> None:
+    def _start(self, trainer: Trainer, module: LightningModule) -> None:
         """Measure when the training data are loaded, and before any other callback is told that training starts."""
         if self._waits:
             _measure(trainer, module, [each for each in callbacks_of(trainer) if isinstance(each, StandardizingTrick) and each._waits])
         if self._part is not None:
             self._part.reached = False
         self._checked = False
-        start()
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int) -> None:
@@ -181,12 +180,8 @@ class StandardizingTrick(Trick):
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         write_entry(checkpoint, self.state_key, repr(self), {})
-        self._record(checkpoint)
 
-    def _save(self, save: Callable[[dict[str, Any]], None], checkpoint: dict[str, Any]) -> None:
-        save(checkpoint)
-        self._record(checkpoint)  # also where only weights are saved, and callbacks are not asked
-
+    @override
     def _record(self, checkpoint: dict[str, Any]) -> None:
         if self._part is None or self._part.statistics is None or self._stored(checkpoint) is not None:
             return

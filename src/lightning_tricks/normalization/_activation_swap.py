@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import nn
 
-from lightning_tricks._core.checkpoint import write_change, write_entry
+from lightning_tricks._core.checkpoint import read_changes, write_change, write_entry
 from lightning_tricks._core.checks import check_patterns
 from lightning_tricks._core.lightning import STEP_OUTPUT, LightningModule, Trainer, logs_now, override, rank_zero_info
+from lightning_tricks._core.recording import RecordingTrick
 from lightning_tricks._core.surgery import Patches, when_built
-from lightning_tricks._core.trick import Trick
 from lightning_tricks.normalization._activation_surgery import Source, SwappedActivations, run_swap
 from lightning_tricks.normalization._activations import as_text, maker_of
 
@@ -68,7 +68,7 @@ def swap_activation(
     return run_swap(model, Source(source), maker_of("target", target), where, exclude, trick=_FUNCTION)
 
 
-class ActivationSwap(Trick):
+class ActivationSwap(RecordingTrick):
     """Swap activations of a model for others: ``σ(x)`` becomes ``σ'(x)`` wherever the model has it.
 
     Reach for it to try an activation in a model that you did not write: a smooth one in a network of ReLUs, a cheap one in a network of
@@ -150,6 +150,10 @@ class ActivationSwap(Trick):
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         write_entry(checkpoint, self.state_key, repr(self), {})
+
+    @override
+    def _record(self, checkpoint: dict[str, Any]) -> None:
         arguments = {"source": self.source, "target": self.target, "where": self.where, "exclude": self.exclude}
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in arguments.items()}
-        write_change(checkpoint, _FUNCTION, plain)
+        if (_FUNCTION, plain) not in read_changes(checkpoint):
+            write_change(checkpoint, _FUNCTION, plain)

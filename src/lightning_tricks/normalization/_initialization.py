@@ -25,6 +25,7 @@ from lightning_tricks._core.checkpoint import write_entry
 from lightning_tricks._core.checks import check_choice, check_count, check_patterns
 from lightning_tricks._core.lightning import STEP_OUTPUT, LightningModule, Trainer, logs_now, override, rank_zero_info
 from lightning_tricks._core.loaders import move_batch, training_pass
+from lightning_tricks._core.preparing import prepare
 from lightning_tricks._core.strategies import refuse_strategies
 from lightning_tricks._core.surgery import Patches, when_built
 from lightning_tricks._core.trick import Trick
@@ -217,7 +218,7 @@ class Initialization(Trick):
         patches = Patches()
         if self.scheme == "lsuv":
             refuse_strategies(trainer, repr(self), _NO_MEASURING)
-            patches.wrap(trainer.fit_loop, "on_run_start", lambda run: partial(self._measure, trainer, pl_module, run))
+            patches.also(prepare(trainer, partial(self._measure, trainer, pl_module), turn=3))  # the layers as they will start
         # After every callback's `setup`, so that what others swap is there, whatever the order of the list.
         patches.wrap(pl_module, "setup", lambda own: partial(self._after_setup, pl_module, own))
         self._patches.append(patches)
@@ -244,7 +245,7 @@ class Initialization(Trick):
         _BEGUN.setdefault(module, set()).add(self.state_key)
         rank_zero_info(f"{self!r} initialized {type(module).__name__}:\n{self.report}")
 
-    def _measure(self, trainer: Trainer, module: LightningModule, run: Callable[[], None]) -> None:
+    def _measure(self, trainer: Trainer, module: LightningModule) -> None:
         """Run LSUV on training batches, before anybody else sees training start."""
 
         def forward(batch: Any) -> None:
@@ -255,7 +256,6 @@ class Initialization(Trick):
         if trainer.ckpt_path is None and self._refusal is None:
             with training_pass(trainer, self.batches) as batches:
                 self._initialize(module, batches, forward)
-        run()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

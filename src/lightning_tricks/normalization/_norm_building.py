@@ -59,6 +59,8 @@ class Groups:
 class _Followed(StandIn):
     """Lets a layer's output go through modules inside it, such as an activation."""
 
+    inherent = True
+
     def __init__(self, module: nn.Module, names: tuple[str, ...]) -> None:
         super().__init__(module)
         self.names = names
@@ -130,7 +132,7 @@ def build_norm(norm: Norm, target: Kind, groups: Groups, ghost_size: int) -> nn.
     """Build a layer of another kind that starts from what a layer computes, where it lies."""
     after = dict(norm.after)
     if norm.threshold is not None and target != "response":
-        after["act"] = nn.ReLU()
+        after["act"] = nn.Threshold(0.0, 0.0)  # a ReLU whose output may be overwritten, as residual networks do
     if target == "none":
         return nn.Sequential(OrderedDict(after)) if after else nn.Identity()
     new = _make(norm, target, groups, ghost_size)

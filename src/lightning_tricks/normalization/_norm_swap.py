@@ -21,9 +21,10 @@ from lightning_tricks._core.checkpoint import read_changes, write_change, write_
 from lightning_tricks._core.checks import check_count
 from lightning_tricks._core.lightning import LightningModule, Trainer, override, rank_zero_info
 from lightning_tricks._core.loaders import evaluate_batch, training_pass, untouched
+from lightning_tricks._core.preparing import prepare
+from lightning_tricks._core.recording import RecordingTrick
 from lightning_tricks._core.strategies import refuse_strategies
 from lightning_tricks._core.surgery import Patches, when_built
-from lightning_tricks._core.trick import Trick
 from lightning_tricks.errors import ArgumentError, CheckpointError
 from lightning_tricks.normalization._norm_calibration import Pair, calibrate_norms
 from lightning_tricks.normalization._norm_plan import Settings, Swapped, carry_out
@@ -104,7 +105,7 @@ def _check_batches(batches: Sequence[Any]) -> None:
         raise ArgumentError(msg)
 
 
-class NormSwap(Trick):
+class NormSwap(RecordingTrick):
     """Swap a model's normalization layers for those of another kind, before training, so that it starts from the function it has.
 
     With running statistics m and v of a layer's inputs, and M and V those that the new kind pools,
@@ -176,9 +177,8 @@ class NormSwap(Trick):
         self._undo()
         self._built = when_built(pl_module, self._swap, trick=repr(self), function=_FUNCTION)
         self._patches.wrap(trainer.strategy, "load_checkpoint", lambda load: partial(self._load, load))
-        self._patches.wrap(pl_module, "on_save_checkpoint", lambda save: partial(self._save, save))
         if stage == "fit":
-            self._patches.wrap(trainer.fit_loop, "on_run_start", lambda start: partial(self._start, trainer, pl_module, start))
+            self._patches.also(prepare(trainer, partial(self._calibrate, trainer, pl_module), turn=2))  # on inputs as they will be
 
     def _swap(self, module: LightningModule) -> None:
         plan = carry_out(module, self._settings, trick=repr(self), measured=self.calibrate is not None)
@@ -189,8 +189,7 @@ class NormSwap(Trick):
             listed = "".join(f" {name}: {text}." for name, text in {**report.notices, **report.left}.items())
             rank_zero_info(f"{self!r} swapped {', '.join(report.swapped) or 'nothing'}.{listed}")
 
-    def _start(self, trainer: Trainer, module: LightningModule, start: Callable[[], None]) -> None:
-        """Calibrate as the last thing before callbacks see the start of training."""
+    def _calibrate(self, trainer: Trainer, module: LightningModule) -> None:
         pairs, self._pairs = self._pairs, {}
         if pairs:
             index = count()
@@ -200,7 +199,6 @@ class NormSwap(Trick):
                 unfitted = calibrate_norms(module, pairs, batches, lambda batch: evaluate_batch(trainer, module, batch, next(index)))
             listed = "".join(f" Not {name}: {reason}." for name, reason in unfitted.items())
             rank_zero_info(f"{self!r} calibrated {len(pairs) - len(unfitted)} layers over {len(batches)} batches.{listed}")
-        start()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -227,6 +225,7 @@ class NormSwap(Trick):
     def _change(self) -> tuple[str, dict[str, Any]]:
         return _FUNCTION, self._settings.record
 
+    @override
     def _record(self, checkpoint: dict[str, Any]) -> None:
         if self._recorded and self._change not in read_changes(checkpoint):
             write_change(checkpoint, *self._change)
@@ -234,12 +233,6 @@ class NormSwap(Trick):
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         write_entry(checkpoint, self.state_key, repr(self), {})
-        self._record(checkpoint)
-
-    def _save(self, save: Callable[[dict[str, Any]], None], checkpoint: dict[str, Any]) -> None:
-        """Record the swap in files that hold weights only, too, of which callbacks do not hear."""
-        save(checkpoint)
-        self._record(checkpoint)
 
     def _load(self, load: Callable[..., dict[str, Any]], *arguments: Any, **options: Any) -> dict[str, Any]:
         advice = "Load it into the model before the fit, which then swaps its layers, or remove the callback to go on without the swap."
