@@ -90,7 +90,7 @@ def fit(callbacks, case: Case, kind: str, *, sharded: bool = False, fails: str |
     """Train on data that differ between the ranks."""
     torch.manual_seed(0)
     module, trained = model_of(case, kind), Trained()
-    options = {"num_sanity_val_steps": 2, "use_distributed_sampler": False, **options}
+    options = {"max_epochs": 2, "num_sanity_val_steps": 2, "use_distributed_sampler": False, **options}
     trainer = make_trainer([*callbacks, trained], devices=2, strategy=make_strategy(kind, sharded=sharded), **options)
     try:
         trainer.fit(module, Loader(seed=RANK), Loader(2, seed=5 + RANK), ckpt_path=ckpt_path)
@@ -160,11 +160,11 @@ class Runs:
     kept: dict[tuple[object, ...], Ended]
 
     def acting(self, *, sharded: bool = False) -> Ended:
-        """Train with acting arguments, keep checkpoints of steps 7, 10 and 15, and the one of the end, written after the fit."""
+        """Train with acting arguments, keep checkpoints of steps 5, 7 and 10, and the one of the end, written after the fit."""
         folder = self.checkpoints(sharded=sharded)
 
         def run():
-            module, trained = fit([self.case.make(), StepCheckpoints(folder, 7, 10, 15)], self.case, self.kind, sharded=sharded)
+            module, trained = fit([self.case.make(), StepCheckpoints(folder, 5, 7, 10)], self.case, self.kind, sharded=sharded)
             ended = self.ended(module, trained)
             module.trainer.save_checkpoint(folder / "end.ckpt")
             if self.kind == "fsdp2":
@@ -239,14 +239,14 @@ def check_resumes_in_the_middle_of_an_epoch(runs: Runs) -> None:
     """A resumed run equals one that never stopped; under FSDP from a full checkpoint, whose weights load into the plain model."""
     _resume(runs, 7, sharded=False)
     if "zero" not in runs.kind and "keys" not in runs.case.skips:
-        checkpoint = torch.load(runs.checkpoints(sharded=False) / "step=15.ckpt", weights_only=True)
+        checkpoint = torch.load(runs.checkpoints(sharded=False) / "step=10.ckpt", weights_only=True)
         runs.case.model().load_state_dict({name: value for name, value in checkpoint["state_dict"].items() if name != "scale"})
 
 
 def check_resumes_at_the_end_of_an_epoch(runs: Runs) -> None:
     """A resumed run equals one that never stopped; from a sharded checkpoint, where a trick's state is sharded in one, and under FSDP2."""
     state = runs.kind == "fsdp1" and runs.case.make().follows_weights
-    _resume(runs, 10, sharded=state or runs.kind == "fsdp2")
+    _resume(runs, 5, sharded=state or runs.kind == "fsdp2")
 
 
 def check_resumes_what_is_saved_after_the_fit(runs: Runs) -> None:
@@ -257,7 +257,7 @@ def check_resumes_what_is_saved_after_the_fit(runs: Runs) -> None:
     again, _ = fit([runs.case.make()], runs.case, runs.kind, ckpt_path=path)
     assert_equal(ended.weights, whole(again))
     started = Started()
-    fit([runs.case.make(), started], runs.case, runs.kind, max_epochs=4, ckpt_path=path)
+    fit([runs.case.make(), started], runs.case, runs.kind, max_epochs=3, ckpt_path=path)
     assert_equal(ended.trained, started.weights)
 
 

@@ -30,7 +30,7 @@ def main() -> None:
         fit([trick], case, kind)
         synthesized = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in trick.synthesize(0.08).items()}
         if RANK == 0:
-            read = lt.functional.synthesize_ema(trick.snapshots[15], 0.08)
+            read = lt.functional.synthesize_ema(trick.snapshots[10], 0.08)
             torch.save([synthesized, read], folder / f"{kind}.pt")
 
 

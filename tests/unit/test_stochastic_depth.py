@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tricks import errors
-from lightning_tricks.functional import apply_stochastic_depth, remove_stochastic_depth
+from lightning_tricks.functional import apply_feature_noise, apply_stochastic_depth, remove_feature_noise, remove_stochastic_depth
 from lightning_tricks.stochastic._draws import Clock, fold, mix, order_of_rows, uniform
 from reference import stochastic_depth as reference
 
@@ -334,3 +334,13 @@ def test_an_empty_batch_passes_and_a_part_that_was_changed_by_itself_comes_back_
     assert model(torch.ones(0, 3, 8)).shape == (0, 3, 8)
     remove_stochastic_depth(model)
     assert not any("forward" in vars(module) or module._forward_pre_hooks for module in model.modules())
+
+
+def test_blocks_are_found_under_what_stands_in_for_them():
+    model = nn.Sequential(*(nn.TransformerEncoderLayer(8, 2, batch_first=True) for _ in range(2)))
+    apply_feature_noise(model, 0.1, where="?", kind="multiplicative")
+    for _ in range(2):
+        assert list(apply_stochastic_depth(model, 0.5).rates) == ["0", "1"]
+    remove_feature_noise(model)
+    remove_stochastic_depth(model)
+    assert all("forward" not in vars(module) for module in model.modules())

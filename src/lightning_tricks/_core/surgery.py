@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch.distributed.tensor import DTensor
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from lightning_tricks._core.lightning import LightningModule
 
-__all__ = ["Patches", "StandIn", "replace_module", "stand_ins", "stand_ins_of", "when_built"]
+__all__ = ["Patches", "StandIn", "replace_module", "stand_ins", "stand_ins_of", "when_built", "without_stand_ins"]
 
 _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
           "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks")  # fmt: skip
@@ -111,6 +112,25 @@ def stand_ins_of(module: nn.Module) -> Iterator[StandIn]:
     while isinstance(forward, StandIn):
         yield forward
         forward = forward.before
+
+
+@contextmanager
+def without_stand_ins(model: nn.Module) -> Iterator[None]:
+    """Let modules compute as they do by themselves, inherent stand-ins included, inside a `with` block."""
+    held = [(module, outermost) for module in model.modules() if isinstance(outermost := vars(module).get("forward"), StandIn)]
+    for module, outermost in held:
+        plain: Any = outermost
+        while isinstance(plain, StandIn) and not plain.inherent:
+            plain = plain.before
+        if plain is None:
+            del module.forward
+        else:
+            module.forward = plain
+    try:
+        yield
+    finally:
+        for module, outermost in held:
+            module.forward = outermost  # type: ignore[assignment]
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

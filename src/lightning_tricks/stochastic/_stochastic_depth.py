@@ -19,6 +19,7 @@ from lightning_tricks._core.checks import check_choice, check_count, check_in_in
 from lightning_tricks._core.lightning import LightningModule, Trainer, override, rank_zero_info
 from lightning_tricks._core.schedule import Schedule, check_varying
 from lightning_tricks._core.strategies import refuse_strategies
+from lightning_tricks._core.surgery import without_stand_ins
 from lightning_tricks.stochastic._attaching import Growth, attach, check_free, detach, droppables, held_by, set_rates, shares
 from lightning_tricks.stochastic._draws import Clock
 from lightning_tricks.stochastic._dropping import Mode, Plan, Scaling
@@ -140,15 +141,8 @@ def _check_where(where: Where | None) -> Where | None:
 
 
 def _find(model: nn.Module, where: Where | None, exclude: Where, mode: Mode, *, trick: str) -> tuple[dict[str, Found], dict[str, str]]:
-    """Search a model as it is without stand-ins."""
-    held = held_by(model)
-    for each in held:
-        each.detach()
-    try:
+    with without_stand_ins(model):
         return find(model, where, exclude, mode, trick=trick)
-    finally:
-        for each in reversed(held):
-            each.attach()
 
 
 class StochasticDepth(RandomTrick):
