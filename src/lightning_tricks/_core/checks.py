@@ -25,6 +25,7 @@ __all__ = [
     "check_path",
     "check_patterns",
     "check_precise_dtype",
+    "check_seed",
     "check_tensors",
 ]
 
@@ -42,6 +43,11 @@ def check_count(name: str, value: int, *, least: int = 1) -> int:
         msg = f"`{name}` must be a whole number of at least {least}, got {value!r}."
         raise ArgumentError(msg)
     return int(value)
+
+
+def check_seed(value: int) -> int:
+    """Accept what draws can follow from: a whole number of at least 0."""
+    return check_count("seed", value, least=0)
 
 
 def check_in_interval(name: str, value: float, interval: str) -> float:

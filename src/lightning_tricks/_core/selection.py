@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch.nn import ModuleList
 
@@ -13,11 +13,11 @@ from lightning_tricks._core.strategies import plain_name
 from lightning_tricks.errors import NothingMatchedError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence, Sized
 
     from torch import nn
 
-__all__ = ["matches", "select_modules", "select_parameters"]
+__all__ = ["matches", "nothing_left", "select_modules", "select_parameters"]
 
 
 def matches(name: str, patterns: str | Sequence[str]) -> bool:
@@ -102,6 +102,16 @@ def select_modules(
         reason = f"`exclude={exclude!r}` removed all {len(located)} that `{argument}={where!r}` matched. Exclude less"
     msg = f"{trick} found no module: {reason}."
     raise NothingMatchedError(msg)
+
+
+def nothing_left(model: nn.Module, names: Iterable[str], located: Sized, where: Any, exclude: Any) -> str:
+    """Say why globs leave none of the things of these names: `where` matches none, or `exclude` removes all that it locates."""
+    listed = list(names)
+    if not located:
+        examples = ", ".join(map(repr, listed[:3]))
+        return f"`where={where!r}` matched none of {type(model).__name__}'s {len(listed)}. Their names look like {examples}"
+    matched = "" if where is None else f" that `where={where!r}` matched"
+    return f"`exclude={exclude!r}` removed all {len(located)}{matched}. Exclude less"
 
 
 def _is_named(name: str, patterns: str | Sequence[str]) -> bool:

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm
-from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
-from lightning_tricks._core.checks import check_count, check_in_interval
+from lightning_tricks._core.checks import check_count
+from lightning_tricks.normalization._tracking import TrackingBatchNorm
 
 __all__ = ["GhostBatchNorm1d", "GhostBatchNorm2d", "GhostBatchNorm3d"]
 
@@ -135,7 +135,7 @@ class _NormalizeRows(torch.autograd.Function):
         return dx.view_as(x), d_weight.sum(0), d_bias.sum(0), None, None
 
 
-class _GhostBatchNorm(_BatchNorm):
+class _GhostBatchNorm(TrackingBatchNorm):
     """What the layers of all dimensions share."""
 
     def __init__(
@@ -150,10 +150,15 @@ class _GhostBatchNorm(_BatchNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_count("num_features", num_features)
-        eps = check_in_interval("eps", eps, "(0, ∞)")
-        momentum = None if momentum is None else check_in_interval("momentum", momentum, "[0, 1]")
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        super().__init__(
+            num_features,
+            eps=eps,
+            momentum=momentum,
+            affine=affine,
+            track_running_stats=track_running_stats,
+            device=device,
+            dtype=dtype,
+        )
         self.ghost_size = check_count("ghost_size", ghost_size)
 
     @override
@@ -182,21 +187,14 @@ class _GhostBatchNorm(_BatchNorm):
     @torch.no_grad()
     def _track(self, split: _Split, mean: Tensor, variance: Tensor, length: int) -> None:
         """Move the statistics once per batch: towards its mean, and the variance within its ghost batches without bias."""
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
         values = ((torch.arange(len(mean), device=mean.device) < split.larger) + split.size)[:, None] * length
         mean = (mean * values).sum(0) / values.sum()
         variance = (variance * values).sum(0) / (values - 1).sum()
-        share: Tensor | float = self.num_batches_tracked.to(mean.dtype).reciprocal() if self.momentum is None else self.momentum
-        self.running_mean.copy_(torch.lerp(self.running_mean.to(mean.dtype), mean, share))
-        self.running_var.copy_(torch.lerp(self.running_var.to(mean.dtype), variance, share))
+        self._move(mean, variance)
 
     @override
     def extra_repr(self) -> str:
-        options = f"eps={self.eps}, momentum={self.momentum}, affine={self.affine}, track_running_stats={self.track_running_stats}"
-        return f"{self.num_features}, ghost_size={self.ghost_size}, {options}"
+        return self._representation(f"ghost_size={self.ghost_size}")
 
 
 class GhostBatchNorm1d(_GhostBatchNorm, nn.BatchNorm1d):

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from lightning_tricks._core.checkpoint import write_entry
-from lightning_tricks._core.checks import check_choice, check_count, check_patterns
+from lightning_tricks._core.checks import check_choice, check_count, check_patterns, check_seed
 from lightning_tricks._core.lightning import STEP_OUTPUT, LightningModule, Trainer, logs_now, override, rank_zero_info
 from lightning_tricks._core.loaders import move_batch, training_pass
 from lightning_tricks._core.preparing import prepare
@@ -118,7 +118,7 @@ def initialize(
         {'0': 1.0, '2': 1.0}
     """
     options = Options(scheme, where, exclude, gain, mode, std, bias, residual, tolerance)
-    number = int(torch.randint(2**31, (), device="cpu").item()) if seed is None else check_count("seed", seed, least=0)
+    number = int(torch.randint(2**31, (), device="cpu").item()) if seed is None else check_seed(seed)
     return run_initialization(model, options, number, batches, forward or partial(call_with, model), trick=_FUNCTION)
 
 
@@ -198,7 +198,7 @@ class Initialization(Trick):
         self.where = None if where is None else check_patterns("where", where, empty=False)
         self.exclude = check_patterns("exclude", exclude, empty=True)
         self.gain, self.mode, self.std, self.bias, self.residual, self.tolerance = gain, mode, std, bias, residual, tolerance
-        self.seed = None if seed is None else check_count("seed", seed, least=0)
+        self.seed = None if seed is None else check_seed(seed)
         self.batches = check_count("batches", batches)
         self.pretrained = check_choice("pretrained", pretrained, ("refuse", "overwrite"))
         self.report: InitializedModel | None = None

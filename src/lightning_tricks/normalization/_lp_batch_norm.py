@@ -13,15 +13,15 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
-from lightning_tricks._core.checks import check_count, check_in_interval
+from lightning_tricks._core.checks import check_in_interval
+from lightning_tricks.normalization._tracking import TrackingBatchNorm
 
 __all__ = ["LpBatchNorm1d", "LpBatchNorm2d", "LpBatchNorm3d"]
 
 
-class _LpBatchNorm(_BatchNorm):
+class _LpBatchNorm(TrackingBatchNorm):
     """What the layers of all dimensions share."""
 
     def __init__(
@@ -36,10 +36,15 @@ class _LpBatchNorm(_BatchNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_count("num_features", num_features)
-        eps = check_in_interval("eps", eps, "(0, ∞)")
-        momentum = None if momentum is None else check_in_interval("momentum", momentum, "[0, 1]")
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        super().__init__(
+            num_features,
+            eps=eps,
+            momentum=momentum,
+            affine=affine,
+            track_running_stats=track_running_stats,
+            device=device,
+            dtype=dtype,
+        )
         self.p = check_in_interval("p", p, "[1, ∞)")
 
     @override
@@ -54,7 +59,7 @@ class _LpBatchNorm(_BatchNorm):
         centred = values - mean.view(shape)
         variance = self._variance(centred, dims)
         if self.training and self.track_running_stats:
-            self._track(mean.detach(), variance.detach() * (count / (count - 1)))
+            self._move(mean.detach(), variance.detach() * (count / (count - 1)))
         scale = (variance + self.eps).rsqrt()
         scale = (scale if self.weight is None else scale * self.weight).view(shape)
         out = centred * scale if self.bias is None else torch.addcmul(self.bias.to(values.dtype).view(shape), centred, scale)
@@ -68,20 +73,9 @@ class _LpBatchNorm(_BatchNorm):
             power = power.clamp(min=torch.finfo(power.dtype).tiny)
         return _constant(self.p) ** 2 * power.pow(2 / self.p)
 
-    @torch.no_grad()
-    def _track(self, mean: Tensor, variance: Tensor) -> None:
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
-        share: Tensor | float = self.num_batches_tracked.to(mean.dtype).reciprocal() if self.momentum is None else self.momentum
-        self.running_mean.copy_(torch.lerp(self.running_mean.to(mean.dtype), mean, share))
-        self.running_var.copy_(torch.lerp(self.running_var.to(mean.dtype), variance, share))
-
     @override
     def extra_repr(self) -> str:
-        options = f"eps={self.eps}, momentum={self.momentum}, affine={self.affine}, track_running_stats={self.track_running_stats}"
-        return f"{self.num_features}, p={self.p}, {options}"
+        return self._representation(f"p={self.p}")
 
 
 def _constant(p: float) -> float:

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_tricks._core.checks import check_choice, check_count, check_patterns
-from lightning_tricks._core.selection import matches
+from lightning_tricks._core.selection import matches, nothing_left
 from lightning_tricks._core.strategies import plain_name
 from lightning_tricks._core.surgery import replace_module
 from lightning_tricks.errors import ArgumentError, NothingMatchedError, UnsupportedStrategyError
@@ -196,8 +196,6 @@ def _diagnose(
         first = {each: name for name, each in reversed(kinds.items())}
         listed = ", ".join(f"{each!r} ×{number} such as {first[each]!r}" for each, number in Counter(kinds.values()).items())
         reason = f"{kind} has none. It has {listed}"
-    elif not located:
-        reason = f"`where={where!r}` matched none of {kind}'s {len(same)}. Their names look like {', '.join(map(repr, same[:3]))}"
     else:
-        reason = f"`exclude={settings.exclude!r}` removed all {len(located)}. Exclude less"
+        reason = nothing_left(model, same, located, where, settings.exclude)
     return f"{trick} found no layer of the kind {settings.source!r} to swap: {reason}."

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_tricks._core.selection import matches
+from lightning_tricks._core.selection import matches, nothing_left
 from lightning_tricks._core.strategies import plain_name
 from lightning_tricks.errors import NothingMatchedError
 
@@ -34,10 +34,7 @@ def select_batch_norms(model: nn.Module, where: str | Sequence[str], exclude: st
         reason = f"{kind} has no BatchNorm of any kind. Leave {trick} out, which other layers do not need"
     elif not tracking:
         reason = f"all {len(everything)} of {kind} have `track_running_stats=False`. Leave {trick} out, which they do not need"
-    elif not located:
-        names = ", ".join(map(repr, list(tracking)[:3]))
-        reason = f"`where={where!r}` matched none of {kind}'s {len(tracking)}. Their names look like {names}"
     else:
-        reason = f"`exclude={exclude!r}` removed all {len(located)} that `where={where!r}` matched. Exclude less"
+        reason = nothing_left(model, tracking, located, where, exclude)
     msg = f"{trick} found no BatchNorm with running statistics: {reason}."
     raise NothingMatchedError(msg)

@@ -13,7 +13,7 @@ from typing import Final
 import torch
 from torch import nn
 
-from lightning_tricks._core.checks import check_count, check_patterns
+from lightning_tricks._core.checks import check_patterns, check_seed
 from lightning_tricks._core.lightning import rank_zero_info
 from lightning_tricks._core.selection import matches
 from lightning_tricks._core.strategies import plain_name
@@ -93,7 +93,7 @@ def make_self_normalizing(
     """
     where = None if where is None else check_patterns("where", where, empty=False)
     exclude = check_patterns("exclude", exclude, empty=True)
-    number = int(torch.randint(2**31, (), device="cpu").item()) if seed is None else check_count("seed", seed, least=0)
+    number = int(torch.randint(2**31, (), device="cpu").item()) if seed is None else check_seed(seed)
     swapped = swap_activation(model, source, "selu", where=where, exclude=exclude)
     options = Options("lecun_normal", where, exclude)
     drawn = run_initialization(model, options, number, None, partial(call_with, model), trick=_FUNCTION)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from lightning_tricks._core.checks import check_choice, check_patterns
-from lightning_tricks._core.selection import matches
+from lightning_tricks._core.selection import matches, nothing_left
 from lightning_tricks._core.strategies import plain_name
 from lightning_tricks.errors import NothingMatchedError
 
@@ -99,10 +99,8 @@ def change(
     if not changed:
         if not named or (where is None and not located):
             reason = f"{model_name} has none that is a module. Name linear layers by `where`" if named else f"{model_name} has none"
-        elif not located:
-            reason = f"`where={where!r}` matched none of {model_name}'s {len(named)}. Their names look like {next(iter(named))!r}"
         elif not selected:
-            reason = f"`exclude={exclude!r}` removed all {len(located)}. Exclude less"
+            reason = nothing_left(model, named, located, where, exclude)
         else:
             listed = "; ".join(f"{name!r}: {why}" for name, why in list(left.items())[:3])
             reason = f"all {len(left)} are left ({listed}). Select others"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from lightning_tricks._core.surgery import StandIn
+from lightning_tricks._core.surgery import StandIn, stand_ins
 from lightning_tricks.errors import TrickConflictError
 from lightning_tricks.stochastic._branches import Branch, Ending, Guard, stand_in
 from lightning_tricks.stochastic._dropping import Droppable, Dropping
@@ -87,13 +87,7 @@ def droppables(stand_ins: Iterable[StandIn]) -> list[Droppable]:
 
 def held_by(model: nn.Module) -> list[StandIn]:
     """Return what stands in for modules of a model, in an order in which it can be taken away."""
-    held: list[StandIn] = []
-    for module in model.modules():
-        each: Any = vars(module).get("forward")
-        while isinstance(each, StandIn):
-            held += [each] if isinstance(each, Droppable | Ending | Guard) else []
-            each = each.before
-    return held
+    return [each for each in stand_ins(model, StandIn) if isinstance(each, Droppable | Ending | Guard)]
 
 
 def check_free(model: nn.Module, owner: str) -> None:

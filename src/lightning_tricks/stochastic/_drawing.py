@@ -6,21 +6,21 @@ import zlib
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from lightning_tricks._core.checks import check_count
 from lightning_tricks._core.lightning import LightningModule, Trainer, override, rank_zero_info
 from lightning_tricks._core.surgery import StandIn, stand_ins
 from lightning_tricks.errors import TrickConflictError, TrickError
 from lightning_tricks.stochastic._draws import Clock, mix
 from lightning_tricks.stochastic._random_trick import RandomTrick
+from lightning_tricks.stochastic._ticking import Tick, stop_ticking
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["Changed", "Drawing", "DrawingTrick", "apply_drawings", "check_seed", "remove_drawings"]
+__all__ = ["Changed", "Drawing", "DrawingTrick", "apply_drawings", "remove_drawings"]
 
 
 @dataclass(frozen=True)
@@ -60,28 +60,12 @@ class Drawing(StandIn):
         return not self.module.training or (not torch.compiler.is_compiling() and float(self.strength) == 0.0)
 
 
-class _Tick:
-    """A hook that lets each forward pass in training mode draw anew."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-
-    def __call__(self, model: nn.Module, _: Any) -> None:
-        if model.training:
-            self.clock.tick()
-
-
-def check_seed(seed: int) -> int:
-    """Accept a whole number of at least 0."""
-    return check_count("seed", seed, least=0)
-
-
 def apply_drawings(model: nn.Module, drawings: Sequence[Drawing], clock: Clock, *, strength: float) -> Changed:
     """Let modules draw anew in each forward pass of the model in training mode, without a callback."""
     _attach(model, drawings)
     for drawing in drawings:
         drawing.strength.fill_(strength)
-    model.register_forward_pre_hook(_Tick(clock))
+    model.register_forward_pre_hook(Tick(clock, drawings[0].owner))
     return Changed(tuple(drawing.name for drawing in drawings))
 
 
@@ -96,11 +80,7 @@ def remove_drawings(model: nn.Module, kind: type[Drawing], *, function: str) -> 
         if drawing.owner != function:
             raise TrickConflictError(_conflict(model, drawing, function))
         drawing.detach()
-    clocks = [drawing.clock for drawing in drawings]
-    for module in model.modules():  # a part of which may have been changed by itself
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, _Tick) and any(hook.clock is clock for clock in clocks):
-                del module._forward_pre_hooks[key]
+    stop_ticking(model, function)
 
 
 def _attach(model: nn.Module, drawings: Sequence[Drawing]) -> None:

@@ -16,14 +16,15 @@ from typing import Any, Literal
 
 from torch import nn
 
-from lightning_tricks._core.checks import check_count, check_in_interval
-from lightning_tricks._core.lightning import LightningModule, Trainer, defines, override, rank_zero_info
+from lightning_tricks._core.checks import check_in_interval, check_seed
+from lightning_tricks._core.lightning import LightningModule, Trainer, override, rank_zero_info
 from lightning_tricks._core.schedule import Schedule, check_varying
 from lightning_tricks._core.surgery import stand_ins
-from lightning_tricks.errors import NothingMatchedError, TrickError
+from lightning_tricks.errors import TrickError
 from lightning_tricks.stochastic._draws import Clock
 from lightning_tricks.stochastic._masked_layers import Masking, check_free
 from lightning_tricks.stochastic._random_trick import RandomTrick
+from lightning_tricks.stochastic._ticking import Tick, stop_ticking
 from lightning_tricks.stochastic._weight_dropping import Averaging, Granularity, Inference, WeightDropping
 
 __all__ = ["DropConnect", "apply_drop_connect", "remove_drop_connect"]
@@ -90,11 +91,11 @@ def apply_drop_connect(
     """
     check_in_interval("rate", rate, "[0, 1)")
     masking = Masking(where, exclude, kinds, granularity, inference, draws, mask_bias)
-    clock = Clock(check_count("seed", seed, least=0))
+    clock = Clock(check_seed(seed))
     remove_drop_connect(model)
     layers, left = masking.find(model, _FUNCTION)
     droppings = masking.attach(model, layers, rate, clock, owner=_FUNCTION)
-    model.register_forward_pre_hook(_Tick(clock))
+    model.register_forward_pre_hook(Tick(clock, _FUNCTION))
     return Connected({each.name: tuple(each.numbers) for each in droppings}, left)
 
 
@@ -116,21 +117,7 @@ def remove_drop_connect(model: nn.Module) -> None:
     droppings = stand_ins(model, WeightDropping)
     check_free({each.name: each.module for each in droppings}, _FUNCTION)
     _detach([*droppings, *stand_ins(model, Averaging)])
-    for module in model.modules():  # a part of which may have been changed by itself
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, _Tick):
-                del module._forward_pre_hooks[key]
-
-
-class _Tick:
-    """A hook that lets each forward pass in training mode draw anew."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-
-    def __call__(self, model: nn.Module, _: Any) -> None:
-        if model.training:
-            self.clock.tick()
+    stop_ticking(model, _FUNCTION)
 
 
 def _detach(held: Sequence[WeightDropping | Averaging]) -> None:
@@ -217,13 +204,8 @@ class DropConnect(RandomTrick):
                 "Evaluate with a callback that has a number as its rate."
             )
             raise TrickError(msg)
-        self._undo()
         self._seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
-        try:
-            self._do(pl_module)
-        except NothingMatchedError:
-            if not defines(pl_module, "setup", "configure_model"):
-                raise
+        self._begin(pl_module)
 
     @override
     def attach(self, module: LightningModule) -> None:
@@ -270,8 +252,8 @@ class DropConnect(RandomTrick):
 
     def _ready(self, module: LightningModule) -> None:
         """Look again for layers that were built after `setup`."""
-        if self.inference != "mean" and not self._attached:
-            self._do(module)
+        if self.inference != "mean":
+            self._look_again(module)
 
     @override
     def on_validation_batch_start(
@@ -304,4 +286,3 @@ class DropConnect(RandomTrick):
         if untaken:
             rank_zero_info(f"{self!r} evaluated {', '.join(untaken)} with all weights: no module for an activation takes the output.")
         super().teardown(trainer, pl_module, stage)
-        self._undo()

@@ -21,7 +21,7 @@ from typing import Any
 from torch import nn
 
 from lightning_tricks._core.checkpoint import read_entry, write_entry
-from lightning_tricks._core.checks import check_choice, check_count, check_in_interval, check_patterns
+from lightning_tricks._core.checks import check_choice, check_count, check_in_interval, check_patterns, check_seed
 from lightning_tricks._core.lightning import LightningModule, Trainer, callbacks_of, override, rank_zero_info, rank_zero_warn, trainer_of
 from lightning_tricks._core.schedule import Schedule, check_varying
 from lightning_tricks.errors import TrickConflictError, TrickError
@@ -30,6 +30,7 @@ from lightning_tricks.stochastic._dropout_surgery import Applied, Plan, Surgery,
 from lightning_tricks.stochastic._masking import KINDS, Kind
 from lightning_tricks.stochastic._mc_dropout import MeanOfPasses
 from lightning_tricks.stochastic._random_trick import RandomTrick
+from lightning_tricks.stochastic._ticking import stop_ticking
 
 __all__ = ["Dropout", "apply_dropout", "remove_dropout"]
 
@@ -100,7 +101,7 @@ def apply_dropout(
     """
     check_in_interval("rate", rate, "[0, 1)")
     where, after, exclude, kind = _check(where, after, exclude, kind)
-    clock = Clock(check_count("seed", seed, least=0))
+    clock = Clock(check_seed(seed))
     plan = _find(model, where, after, exclude, kind, varying=False, trick=_FUNCTION)
     remove_dropout(model)
     before = {name: number.value for name, number in plan.numbers.items()}
@@ -108,7 +109,7 @@ def apply_dropout(
     if not _is_neutral(rate, plan):
         surgery = Surgery(model, plan, clock=clock, owner=_FUNCTION)
         surgery.set_rate(rate)
-        model.register_forward_pre_hook(Applied(surgery, clock))
+        model.register_forward_pre_hook(Applied(surgery, clock, _FUNCTION))
     return DropoutRates(dict.fromkeys([*plan.numbers, *plan.layers], rate), before, plan.left)
 
 
@@ -122,11 +123,9 @@ def remove_dropout(model: nn.Module) -> None:
         >>> model[0].p
         0.1
     """
-    for module in model.modules():  # a part of which may have been changed by itself
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, Applied):
-                hook.surgery.undo()
-                del module._forward_pre_hooks[key]
+    for applied in stop_ticking(model, _FUNCTION):
+        assert isinstance(applied, Applied)
+        applied.surgery.undo()
 
 
 _Where = str | tuple[str, ...]
@@ -319,8 +318,7 @@ class Dropout(RandomTrick):
         self._undo()
         self._do(module)
         if self.samples is not None:
-            ranks: Mapping[str, int] = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
-            seed = fold(int(os.environ.get("PL_GLOBAL_SEED", "0")), ranks.get("rank", 0))
+            seed = fold(int(os.environ.get("PL_GLOBAL_SEED", "0")), self._rank(trainer))
             self._passes = MeanOfPasses(module, self.samples, seed=seed, owner=repr(self))
             self._passes.attach()
 
@@ -330,4 +328,4 @@ class Dropout(RandomTrick):
             rank_zero_warn(
                 f"{self!r} replaces what `forward` of {type(pl_module).__name__} gives, and nothing called it. Call it in the steps."
             )
-        self._undo()
+        super().teardown(trainer, pl_module, stage)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
-from lightning_tricks._core.selection import matches, select_modules
+from lightning_tricks._core.selection import matches, nothing_left, select_modules
 from lightning_tricks._core.strategies import plain_name
 from lightning_tricks._core.surgery import stand_ins_of
 from lightning_tricks.errors import NothingMatchedError, TrickConflictError, TrickError
 from lightning_tricks.stochastic._dropout_rates import Rate, rates_of
 from lightning_tricks.stochastic._masking import Kind, Masking
+from lightning_tricks.stochastic._ticking import Tick
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -61,15 +62,10 @@ def find_rates(model: nn.Module, where: Where | None, exclude: Where, kind: Kind
     selected = {name: rate for name, rate in located.items() if not matches(name, exclude)}
     layers = {name: rate for name, rate in selected.items() if rate.kind is not None and (varying or kind is not None)}
     numbers = {name: rate for name, rate in selected.items() if name not in layers}
-    examples = ", ".join(map(repr, list(everything)[:3]))
     if not everything:
         reason = f"{type(model).__name__} has none. Name modules by `after`, behind which it is to be inserted"
-    elif not located:
-        reason = f"`where={where!r}` matched none of {type(model).__name__}'s {len(everything)}. Their names look like {examples}"
     elif not selected:
-        reason = (
-            f"`exclude={exclude!r}` removed all {len(located)}{'' if where is None else f' that `where={where!r}` matched'}. Exclude less"
-        )
+        reason = nothing_left(model, everything, located, where, exclude)
     elif kind is not None and not layers:
         reason = f"a rate that a module hands to a function, such as {next(iter(selected))!r}, cannot be of `kind={kind!r}`"
     else:
@@ -168,12 +164,9 @@ def _sequence_first(model: nn.Module, module: nn.Module) -> bool:
     return False
 
 
-class Applied:
-    """A hook that keeps what was done to a model without a Trainer, and lets each forward pass in training mode draw anew."""
+class Applied(Tick):
+    """A hook that also keeps what was done to a model without a Trainer."""
 
-    def __init__(self, surgery: Surgery, clock: Clock) -> None:
-        self.surgery, self.clock = surgery, clock
-
-    def __call__(self, model: nn.Module, _: Any) -> None:
-        if model.training:
-            self.clock.tick()
+    def __init__(self, surgery: Surgery, clock: Clock, owner: str) -> None:
+        super().__init__(clock, owner)
+        self.surgery = surgery

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from lightning_tricks._core.checks import check_bool, check_choice, check_count, check_in_interval, check_patterns
-from lightning_tricks._core.lightning import STEP_OUTPUT, LightningModule, Trainer, defines, logs_now, override, rank_zero_info
-from lightning_tricks._core.selection import matches
+from lightning_tricks._core.checks import check_bool, check_choice, check_count, check_in_interval, check_patterns, check_seed
+from lightning_tricks._core.lightning import STEP_OUTPUT, LightningModule, Trainer, logs_now, override, rank_zero_info
+from lightning_tricks._core.selection import matches, nothing_left
 from lightning_tricks._core.strategies import plain_name
 from lightning_tricks._core.surgery import stand_ins
 from lightning_tricks.errors import NothingMatchedError, TrickError
-from lightning_tricks.stochastic._drawing import Changed, Drawing, DrawingTrick, apply_drawings, check_seed, remove_drawings
+from lightning_tricks.stochastic._drawing import Changed, Drawing, DrawingTrick, apply_drawings, remove_drawings
 from lightning_tricks.stochastic._draws import Clock
 from lightning_tricks.stochastic._fractional_pooling import FractionalMaxPool2d, Mode
 from lightning_tricks.stochastic._fractional_stand_ins import Averaged, Plan, Pooling, Watch, check_fit, each_axis, watch
@@ -140,13 +140,10 @@ def _find(
     found = {name: module for name, module in selected.items() if name not in left}
     if found:
         return found, left
-    count, kind = len(pools), type(model).__name__
     if not pools:
-        reason = f"{kind} has no layer `nn.MaxPool2d` or `nn.MaxPool3d`"
-    elif not located:
-        reason = f"`where={where!r}` matched none of {kind}'s {count}. Their names look like {next(iter(pools))!r}"
+        reason = f"{type(model).__name__} has no layer `nn.MaxPool2d` or `nn.MaxPool3d`"
     elif not selected:
-        reason = f"`exclude={exclude!r}` removed all {len(located)}. Exclude less"
+        reason = nothing_left(model, pools, located, where, exclude)
     else:
         reason = "; ".join(f"{name!r} {why}" for name, why in left.items())
     msg = f"{trick} found no max pooling layer to change: {reason}."
@@ -272,12 +269,7 @@ class FractionalMaxPool(DrawingTrick):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
-            self._undo()
-            try:
-                self._do(pl_module)
-            except NothingMatchedError:
-                if not defines(pl_module, "setup", "configure_model"):
-                    raise
+            self._begin(pl_module)
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int) -> None:
@@ -290,11 +282,6 @@ class FractionalMaxPool(DrawingTrick):
         if logs_now(trainer) and pools:
             ratios = [pool.sizes[0][0] / pool.sizes[1][0] for pool in pools if pool.sizes is not None]
             pl_module.log(f"{self.log_prefix}/ratio", sum(ratios) / len(ratios))
-
-    def _look_again(self, module: LightningModule) -> None:
-        """Change what was built after `setup`, as the base does at the start of a fit."""
-        if not self._attached:
-            self._do(module)
 
     def _check_averaged(self) -> None:
         if self._averaged is not None and not self._averaged.ran:
@@ -324,7 +311,3 @@ class FractionalMaxPool(DrawingTrick):
     @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._check_averaged()
-
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._undo()

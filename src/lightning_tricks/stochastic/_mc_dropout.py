@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from lightning_tricks._core.checks import check_choice, check_count
-from lightning_tricks._core.surgery import StandIn, stand_ins_of
+from lightning_tricks._core.checks import check_choice, check_count, check_seed
+from lightning_tricks._core.surgery import StandIn, stand_ins
 from lightning_tricks.errors import NothingMatchedError, TrickError
 from lightning_tricks.stochastic._draws import fold
 from lightning_tricks.stochastic._dropout_rates import rates_of
@@ -134,7 +134,7 @@ def mc_dropout(
     """
     check_choice("task", task, ("classification", "regression"))
     check_count("samples", samples)
-    check_count("seed", seed, least=0)
+    check_seed(seed)
     moments = _Moments()
     entropies = _Moments()
 
@@ -207,7 +207,7 @@ def _draw_passes(
 @contextmanager
 def _dropout_on(model: nn.Module, caller: str) -> Iterator[list[Masking]]:
     """Evaluate a model but for its dropout."""
-    layers = _maskings_of(model)
+    layers = stand_ins(model, Masking)
     rates = rates_of(model).values()
     if not any(rate.value for rate in rates) and not any(layer.rate for layer in layers):
         msg = (
@@ -235,11 +235,6 @@ def _dropout_on(model: nn.Module, caller: str) -> Iterator[list[Masking]]:
         for module, training in modes:
             module.training = training
         torch.backends.mha.set_fastpath_enabled(fused)
-
-
-def _maskings_of(model: nn.Module) -> list[Masking]:
-    """Return what stands in for layers of a model to drop."""
-    return [each for module in model.modules() for each in stand_ins_of(module) if isinstance(each, Masking)]
 
 
 class MeanOfPasses(StandIn):

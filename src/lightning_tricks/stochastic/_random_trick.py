@@ -72,20 +72,13 @@ class RandomTrick(Trick):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if stage != "fit":
-            return
-        self._undo()
-        self._seed, self._value = int(os.environ.get("PL_GLOBAL_SEED", "0")), None
-        try:
-            self._do(pl_module)
-        except NothingMatchedError:
-            if not defines(pl_module, "setup", "configure_model"):
-                raise
+        if stage == "fit":
+            self._seed, self._value = int(os.environ.get("PL_GLOBAL_SEED", "0")), None
+            self._begin(pl_module)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._attached:
-            self._do(pl_module)
+        self._look_again(pl_module)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -116,8 +109,21 @@ class RandomTrick(Trick):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
-            self._undo()
+        self._undo()
+
+    def _begin(self, module: LightningModule) -> None:
+        """Change the layers that are there; where none is and the module has hooks that build some, `_look_again` finds them."""
+        self._undo()
+        try:
+            self._do(module)
+        except NothingMatchedError:
+            if not defines(module, "setup", "configure_model"):
+                raise
+
+    def _look_again(self, module: LightningModule) -> None:
+        """Change what was built after `setup`."""
+        if not self._attached:
+            self._do(module)
 
     def _do(self, module: LightningModule) -> None:
         self.attach(module)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from lightning_tricks._core.checkpoint import read_entry, write_entry
-from lightning_tricks._core.checks import check_choice, check_count, check_in_interval, check_patterns
+from lightning_tricks._core.checks import check_choice, check_in_interval, check_patterns, check_seed
 from lightning_tricks._core.lightning import LightningModule, Trainer, override, rank_zero_info
 from lightning_tricks._core.schedule import Schedule, check_varying
 from lightning_tricks._core.strategies import refuse_strategies
@@ -25,6 +25,7 @@ from lightning_tricks.stochastic._draws import Clock
 from lightning_tricks.stochastic._dropping import Mode, Plan, Scaling
 from lightning_tricks.stochastic._finding import Found, Where, find
 from lightning_tricks.stochastic._random_trick import RandomTrick
+from lightning_tricks.stochastic._ticking import Tick, stop_ticking
 
 if TYPE_CHECKING:
     from lightning_tricks._core.surgery import StandIn
@@ -95,11 +96,11 @@ def apply_stochastic_depth(
     check_choice("mode", mode, ("sample", "batch"))
     check_choice("growth", growth, ("linear", "uniform"))
     check_choice("scaling", scaling, ("training", "evaluation"))
-    clock = Clock(check_count("seed", seed, least=0))
+    clock = Clock(check_seed(seed))
     found, left = _find(model, where, exclude, mode, trick=_FUNCTION)
     remove_stochastic_depth(model)
     attach(model, found, Plan(mode, scaling, clock, _FUNCTION), least=rate, growth=growth)
-    model.register_forward_pre_hook(_Tick(clock))
+    model.register_forward_pre_hook(Tick(clock, _FUNCTION))
     rates = {name: round(rate * share, 12) for name, share in shares(found, growth).items()}
     return Dropped(rates, left, {name: [last for _, last in each.pairs] for name, each in found.items() if each.pairs})
 
@@ -119,21 +120,7 @@ def remove_stochastic_depth(model: nn.Module) -> None:
     """
     check_free(model, _FUNCTION)
     detach(held_by(model))
-    for module in model.modules():  # a part of which may have been changed by itself
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, _Tick):
-                del module._forward_pre_hooks[key]
-
-
-class _Tick:
-    """A hook that lets each forward pass in training mode draw anew."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-
-    def __call__(self, model: nn.Module, _: Any) -> None:
-        if model.training:
-            self.clock.tick()
+    stop_ticking(model, _FUNCTION)
 
 
 def _check_where(where: Where | None) -> Where | None:
@@ -256,11 +243,6 @@ class StochasticDepth(RandomTrick):
     @override
     def shares(self) -> Sequence[float]:
         return [share for each in droppables(self._stand_ins) if (share := each.dropped) is not None]
-
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._undo()
-        super().teardown(trainer, pl_module, stage)
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
