@@ -270,7 +270,7 @@ def test_numbers_that_are_set_act():
     ],
 )
 def test_what_stands_in_for_a_layer_drops_as_the_layer_does(layer, shape):
-    from lightning_tricks.stochastic._draws import Clock
+    from lightning_tricks._core.draws import Clock
     from lightning_tricks.stochastic._dropout_surgery import Surgery, find_rates
 
     model, x = nn.Sequential(layer(0.5)), torch.ones(shape, dtype=torch.float64)

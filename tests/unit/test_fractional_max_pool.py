@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 import lightning_tricks as lt
 from contracts.harness import Loader, PoolNet, fit, make_trainer
 from lightning_tricks import errors
+from lightning_tricks._core.draws import mix, uniform
 from lightning_tricks._core.surgery import stand_ins
 from lightning_tricks.functional import apply_fractional_max_pool, remove_fractional_max_pool
-from lightning_tricks.stochastic._draws import mix, uniform
 from lightning_tricks.stochastic._fractional_pooling import borders, fractional_max_pool
 from lightning_tricks.stochastic._fractional_stand_ins import Watch
 from reference import fractional_max_pool as reference

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tricks import errors
+from lightning_tricks._core.draws import Clock, fold, mix, order_of_rows, uniform
 from lightning_tricks.functional import apply_feature_noise, apply_stochastic_depth, remove_feature_noise, remove_stochastic_depth
-from lightning_tricks.stochastic._draws import Clock, fold, mix, order_of_rows, uniform
 from reference import stochastic_depth as reference
 
 

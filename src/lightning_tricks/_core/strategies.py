@@ -29,6 +29,7 @@ __all__ = [
     "added_up",
     "as_sharded",
     "cut",
+    "data_rank",
     "engine_of",
     "holder_of",
     "is_sharded",
@@ -125,6 +126,12 @@ def return_to_shards(module: nn.Module) -> None:
 def writes_own_files(trainer: Trainer) -> bool:
     """Tell whether the strategy writes the weights itself, each rank its own, as DeepSpeed does, rather than the checkpoint it is given."""
     return _is_a(trainer, "DeepSpeedStrategy")
+
+
+def data_rank(trainer: Trainer) -> int:
+    """Return this process's rank among those that train on different data."""
+    options: Mapping[str, int] = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
+    return options.get("rank", 0)
 
 
 def engine_of(trainer: Trainer) -> Any | None:

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from lightning_tricks._core.draws import Clock
 from lightning_tricks._core.surgery import StandIn
 from lightning_tricks.errors import TrickError
 from lightning_tricks.stochastic._blocks import is_all_of
-from lightning_tricks.stochastic._draws import Clock
 from lightning_tricks.stochastic._dropping import Droppable, Plan, Rows, has_further_batches, is_ambiguous
 from lightning_tricks.stochastic._tracing import first_tensor
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lightning_tricks._core.draws import Clock, mix
 from lightning_tricks._core.lightning import LightningModule, Trainer, override, rank_zero_info
 from lightning_tricks._core.surgery import StandIn, stand_ins
 from lightning_tricks.errors import TrickConflictError, TrickError
-from lightning_tricks.stochastic._draws import Clock, mix
 from lightning_tricks.stochastic._random_trick import RandomTrick
 from lightning_tricks.stochastic._ticking import Tick, stop_ticking
 

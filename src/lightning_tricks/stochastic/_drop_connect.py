@@ -17,11 +17,11 @@ from typing import Any, Literal
 from torch import nn
 
 from lightning_tricks._core.checks import check_in_interval, check_seed
+from lightning_tricks._core.draws import Clock
 from lightning_tricks._core.lightning import LightningModule, Trainer, override, rank_zero_info
 from lightning_tricks._core.schedule import Schedule, check_varying
 from lightning_tricks._core.surgery import stand_ins
 from lightning_tricks.errors import TrickError
-from lightning_tricks.stochastic._draws import Clock
 from lightning_tricks.stochastic._masked_layers import Masking, check_free
 from lightning_tricks.stochastic._random_trick import RandomTrick
 from lightning_tricks.stochastic._ticking import Tick, stop_ticking

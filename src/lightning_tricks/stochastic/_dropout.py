@@ -22,10 +22,10 @@ from torch import nn
 
 from lightning_tricks._core.checkpoint import read_entry, write_entry
 from lightning_tricks._core.checks import check_choice, check_count, check_in_interval, check_patterns, check_seed
+from lightning_tricks._core.draws import Clock, fold
 from lightning_tricks._core.lightning import LightningModule, Trainer, callbacks_of, override, rank_zero_info, rank_zero_warn, trainer_of
 from lightning_tricks._core.schedule import Schedule, check_varying
 from lightning_tricks.errors import TrickConflictError, TrickError
-from lightning_tricks.stochastic._draws import Clock, fold
 from lightning_tricks.stochastic._dropout_surgery import Applied, Plan, Surgery, find_after, find_rates, is_compiled
 from lightning_tricks.stochastic._masking import KINDS, Kind
 from lightning_tricks.stochastic._mc_dropout import MeanOfPasses

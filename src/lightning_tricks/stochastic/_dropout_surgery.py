@@ -19,7 +19,7 @@ from lightning_tricks.stochastic._ticking import Tick
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from lightning_tricks.stochastic._draws import Clock
+    from lightning_tricks._core.draws import Clock
 
 __all__ = ["Applied", "Plan", "Surgery", "find_after", "find_rates", "is_compiled"]
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from lightning_tricks._core.draws import Clock, mix, order_of_rows, uniform
 from lightning_tricks._core.surgery import StandIn
 from lightning_tricks.errors import TrickError
 from lightning_tricks.stochastic._blocks import ends_in_activation
-from lightning_tricks.stochastic._draws import Clock, mix, order_of_rows, uniform
 from lightning_tricks.stochastic._tracing import first_tensor
 
 if TYPE_CHECKING:

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from lightning_tricks._core.checks import check_bool, check_choice, check_count, check_in_interval, check_patterns, check_seed
+from lightning_tricks._core.draws import Clock
 from lightning_tricks._core.lightning import STEP_OUTPUT, LightningModule, Trainer, logs_now, override, rank_zero_info
 from lightning_tricks._core.selection import matches, nothing_left
 from lightning_tricks._core.strategies import plain_name
 from lightning_tricks._core.surgery import stand_ins
 from lightning_tricks.errors import NothingMatchedError, TrickError
 from lightning_tricks.stochastic._drawing import Changed, Drawing, DrawingTrick, apply_drawings, remove_drawings
-from lightning_tricks.stochastic._draws import Clock
 from lightning_tricks.stochastic._fractional_pooling import FractionalMaxPool2d, Mode
 from lightning_tricks.stochastic._fractional_stand_ins import Averaged, Plan, Pooling, Watch, check_fit, each_axis, watch
 

@@ -15,8 +15,8 @@ from torch.nn.functional import max_pool2d, max_pool3d
 from typing_extensions import override
 
 from lightning_tricks._core.checks import check_bool, check_choice, check_in_interval
+from lightning_tricks._core.draws import fold, mix, order_of_rows, uniform
 from lightning_tricks.errors import TrickError
-from lightning_tricks.stochastic._draws import fold, mix, order_of_rows, uniform
 
 __all__ = ["FractionalMaxPool2d", "FractionalMaxPool3d", "Mode", "borders", "fractional_max_pool", "pooled_size"]
 

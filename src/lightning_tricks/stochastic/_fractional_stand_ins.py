@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+from lightning_tricks._core.draws import Clock
 from lightning_tricks._core.strategies import plain_name
 from lightning_tricks._core.surgery import StandIn, stand_ins
 from lightning_tricks.errors import TrickError
 from lightning_tricks.stochastic._drawing import Drawing
-from lightning_tricks.stochastic._draws import Clock
 from lightning_tricks.stochastic._fractional_pooling import FractionalMaxPool2d, Mode, fractional_max_pool, pooled_size
 
 __all__ = ["Averaged", "Plan", "Pooling", "Watch", "check_fit", "each_axis", "watch"]

@@ -11,11 +11,11 @@ from typing import Any
 from torch import nn
 
 from lightning_tricks._core.checks import check_bool, check_choice, check_count, check_patterns
+from lightning_tricks._core.draws import Clock
 from lightning_tricks._core.selection import matches
 from lightning_tricks._core.strategies import plain_name
 from lightning_tricks._core.surgery import stand_ins_of
 from lightning_tricks.errors import ArgumentError, NothingMatchedError, TrickConflictError
-from lightning_tricks.stochastic._draws import Clock
 from lightning_tricks.stochastic._drop_connect_layers import DropsWeights
 from lightning_tricks.stochastic._weight_dropping import Averaging, Granularity, Inference, WeightDropping, computes_as, masked_names
 from lightning_tricks.stochastic._weight_masks import Rate

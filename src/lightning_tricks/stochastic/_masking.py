@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from lightning_tricks._core.draws import Clock, mix
 from lightning_tricks._core.surgery import StandIn
 from lightning_tricks.errors import TrickError
-from lightning_tricks.stochastic._draws import Clock, mix
 
 __all__ = ["KINDS", "Kind", "Masking", "survivors"]
 

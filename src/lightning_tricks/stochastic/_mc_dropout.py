@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from lightning_tricks._core.checks import check_choice, check_count, check_seed
+from lightning_tricks._core.draws import fold
 from lightning_tricks._core.surgery import StandIn, stand_ins
 from lightning_tricks.errors import NothingMatchedError, TrickError
-from lightning_tricks.stochastic._draws import fold
 from lightning_tricks.stochastic._dropout_rates import rates_of
 from lightning_tricks.stochastic._masking import Masking
 

@@ -7,14 +7,15 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lightning_tricks._core.checkpoint import read_entry, write_entry
+from lightning_tricks._core.draws import Clock
 from lightning_tricks._core.lightning import STEP_OUTPUT, LightningModule, Trainer, defines, logs_now, override
 from lightning_tricks._core.schedule import follow
+from lightning_tricks._core.strategies import data_rank
 from lightning_tricks._core.trick import Trick
 from lightning_tricks.errors import NothingMatchedError
-from lightning_tricks.stochastic._draws import Clock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from lightning_tricks._core.schedule import Schedule
 
@@ -93,8 +94,7 @@ class RandomTrick(Trick):
 
     def _rank(self, trainer: Trainer) -> int:
         """Return the rank among those with different data; 0 if all draw the same."""
-        options: Mapping[str, int] = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
-        return options.get("rank", 0) if self.independent else 0
+        return data_rank(trainer) if self.independent else 0
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int) -> None:

@@ -16,12 +16,12 @@ from torch import nn
 
 from lightning_tricks._core.checkpoint import read_entry, write_entry
 from lightning_tricks._core.checks import check_choice, check_in_interval, check_patterns, check_seed
+from lightning_tricks._core.draws import Clock
 from lightning_tricks._core.lightning import LightningModule, Trainer, override, rank_zero_info
 from lightning_tricks._core.schedule import Schedule, check_varying
 from lightning_tricks._core.strategies import refuse_strategies
 from lightning_tricks._core.surgery import without_stand_ins
 from lightning_tricks.stochastic._attaching import Growth, attach, check_free, detach, droppables, held_by, set_rates, shares
-from lightning_tricks.stochastic._draws import Clock
 from lightning_tricks.stochastic._dropping import Mode, Plan, Scaling
 from lightning_tricks.stochastic._finding import Found, Where, find
 from lightning_tricks.stochastic._random_trick import RandomTrick

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-    from lightning_tricks.stochastic._draws import Clock
+    from lightning_tricks._core.draws import Clock
 
 __all__ = ["Tick", "stop_ticking"]
 

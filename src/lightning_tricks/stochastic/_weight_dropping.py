@@ -12,9 +12,9 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
+from lightning_tricks._core.draws import Clock, mix, tick
 from lightning_tricks._core.surgery import StandIn, stand_ins_of
 from lightning_tricks.errors import TrickError
-from lightning_tricks.stochastic._draws import Clock, mix, tick
 from lightning_tricks.stochastic._weight_masks import (
     Rate,
     kept,

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lightning_tricks._core.draws import mix
 from lightning_tricks._core.shards import TensorShards
-from lightning_tricks.stochastic._draws import mix
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
