@@ -1,6 +1,7 @@
 """Shared fixtures."""
 
 import logging
+import os
 
 import pytest
 import torch
@@ -12,6 +13,12 @@ torch.set_num_threads(1)  # sums in another order would differ in the last bit
 def _quiet():
     for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+@pytest.fixture(autouse=True)
+def _unseeded():
+    yield
+    os.environ.pop("PL_GLOBAL_SEED", None)  # which Lightning leaves behind, and tricks read
 
 
 @pytest.fixture

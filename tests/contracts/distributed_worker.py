@@ -89,7 +89,7 @@ def check_one_process_equals_two(case: Case, folder: Path) -> None:
     expected = torch.load(folder / "single.pt", weights_only=True)
     for name, value in weights(model).items():
         if "one process" not in case.skips or "running_var" not in name:
-            torch.testing.assert_close(value, expected[name], msg=name)
+            torch.testing.assert_close(value, expected[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
 class Inputs(Callback):
