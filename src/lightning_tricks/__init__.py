@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from lightning_tricks import errors, functional, nn, optim, schedules
+from lightning_tricks import errors, functional, metrics, nn, optim, schedules
 from lightning_tricks._loading import load_from_checkpoint
 from lightning_tricks.averaging._ema import EMA
 from lightning_tricks.averaging._latest_weight_averaging import LatestWeightAveraging
@@ -47,6 +47,7 @@ __all__ = [
     "errors",
     "functional",
     "load_from_checkpoint",
+    "metrics",
     "nn",
     "optim",
     "schedules",

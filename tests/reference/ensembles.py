@@ -42,3 +42,31 @@ def uncertainty(logits: Sequence[Sequence[float]]) -> tuple[float, float, float]
     total = entropy(mean_probabilities(logits))
     aleatoric = sum(entropy(softmax(member)) for member in logits) / len(logits)
     return total, aleatoric, total - aleatoric
+
+
+def disagreement(logits: Sequence[Sequence[float]]) -> float:
+    """Return the share of pairs of members whose largest logits are those of different classes."""
+    chosen = [max(range(len(member)), key=member.__getitem__) for member in logits]
+    pairs = [(one, other) for i, one in enumerate(chosen) for other in chosen[:i]]
+    return sum(one != other for one, other in pairs) / len(pairs) if pairs else 0.0
+
+
+def diversity(logits: Sequence[Sequence[float]]) -> float:
+    """Return 1/M Σ_m Σ_c (p_mc − p_c)²."""
+    mean = mean_probabilities(logits)
+    return sum(sum((q - p) ** 2 for q, p in zip(softmax(member), mean, strict=True)) for member in logits) / len(logits)
+
+
+def brier_score(probabilities: Sequence[float], target: int) -> float:
+    """Return Σ_c (p_c − 1[c = target])²."""
+    return sum((p - (c == target)) ** 2 for c, p in enumerate(probabilities))
+
+
+def calibration_error(samples: Sequence[Sequence[float]], targets: Sequence[int], bins: int) -> float:
+    """Return Σ_b n_b/N |accuracy_b − confidence_b| over bins of equal width."""
+    filled: dict[int, list[tuple[float, bool]]] = {}
+    for probabilities, target in zip(samples, targets, strict=True):
+        confidence = max(probabilities)
+        filled.setdefault(min(math.floor(confidence * bins), bins - 1), []).append((confidence, probabilities.index(confidence) == target))
+    gaps = [abs(sum(hit for _, hit in found) - sum(confidence for confidence, _ in found)) for found in filled.values()]
+    return sum(gaps) / len(samples)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import lightning_tricks as lt
-from lightning_tricks import errors, functional, optim, schedules
+from lightning_tricks import errors, functional, metrics, optim, schedules
 from lightning_tricks import nn as tricks_nn
 
 trainer = L.Trainer(
@@ -101,6 +101,11 @@ ensemble: nn.Module = tricks_nn.Ensemble([nn.Linear(2, 2)], combine="vote", clas
 disagreement: torch.Tensor = (
     tricks_nn.Ensemble.from_checkpoints(["a.ckpt"], lambda: nn.Linear(2, 2)).uncertainty(torch.zeros(1, 2)).epistemic
 )
+measures = metrics.EnsembleMeasures(combine="vote", output="probabilities", class_dim=1, bins=10, ignore_index=255)
+measures.update(torch.zeros(3, 8, 4), torch.zeros(8, dtype=torch.long))
+measures_by_name: dict[str, torch.Tensor] = measures.compute()
+brier: torch.Tensor = functional.brier_score(torch.zeros(8, 4), torch.zeros(8), output="probabilities")
+apart: torch.Tensor = functional.disagreement(torch.zeros(3, 8, 4)) + functional.diversity(torch.zeros(3, 8, 4), class_dim=-1)
 linear: nn.Linear = tricks_nn.DropConnectLinear(4, 2, rate=0.5, granularity="example", inference="gaussian", activation=nn.ReLU())
 lstm: nn.LSTM = tricks_nn.DropConnectLSTM(4, 2, batch_first=True, rate=0.5)
 share: float = functional.ema_decay(3, 0.9, warmup=10)
@@ -195,6 +200,8 @@ lt.FeatureNoise(0.1)  # type: ignore[call-arg]
 lt.FeatureNoise(0.1, where="body", kind="uniform")  # type: ignore[arg-type]
 lt.DropBlock(0.1, 7, where="body")  # type: ignore[call-arg]
 lt.FractionalMaxPool(schedules.Linear())  # type: ignore[arg-type]
+metrics.EnsembleMeasures(combine="median")  # type: ignore[arg-type]
+metrics.EnsembleMeasures("vote")  # type: ignore[call-arg]
 lt.Dropout(0.1, kind="spatial")  # type: ignore[arg-type]
 lt.Dropout(0.1, "GELU")  # type: ignore[call-arg]
 functional.mc_dropout(model, torch.zeros(2), task="regression").entropy  # type: ignore[attr-defined]  # noqa: B018
