@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,10 +26,10 @@ from lightning_tricks._core.lightning import (
     rank_zero_info,
     rank_zero_warn,
 )
-from lightning_tricks._core.strategies import plain_name, refuse_strategies, return_to_shards
+from lightning_tricks._core.state_dicts import write_parts
+from lightning_tricks._core.strategies import named_tensors, own_part, plain_name, refuse_strategies, return_to_shards
 from lightning_tricks._core.surgery import Patches
 from lightning_tricks._core.swapping import SwappingTrick
-from lightning_tricks._core.weights import using_weights
 from lightning_tricks.ensembling._answering import Answer
 from lightning_tricks.ensembling._combining import Combine, Output, Uncertainty, check_combination
 from lightning_tricks.ensembling._ensemble import Ensemble
@@ -223,21 +223,27 @@ class EnsembleTrick(SwappingTrick):
     def _as_member(self, trainer: Trainer, module: LightningModule) -> Iterator[None]:
         """Let the module hold, for a moment, what is to be collected."""
         return_to_shards(module)
-        lent = {}
+        own, lent = named_tensors(module), {}
         if self.weights == "average":
             average = find_average(callbacks_of(trainer), trick=repr(self))
             average._catch_up(trainer)
-            lent = average.averaged_state_dict()
+            state = {plain_name(name): value for name, value in average.averaged_state_dict().items()}
+            lent = {name: own_part(value) for name, value in state.items() if name in own}
         norms = {} if self.refresh_batch_norm is None else select_batch_norms(module, "*", (), trick=repr(self))
         norms = {name: norm for name, norm in norms.items() if norm.training}  # others are frozen
         statistics = {id(buffer) for norm in norms.values() for buffer in norm.buffers(recurse=False)}
-        lent = {**{name: buffer.clone() for name, buffer in module.named_buffers() if id(buffer) in statistics}, **lent}
-        with using_weights(module, lent) if lent else nullcontext():
+        changing = [name for name, tensor in own.items() if name in lent or id(tensor) in statistics]
+        kept = {name: own_part(own[name]).clone() for name in changing}
+        try:
+            write_parts(module, lent)
             if norms:
                 batches = None if self.refresh_batch_norm == "all" else self.refresh_batch_norm
                 for name, values in measure_in_training(trainer, module, norms, batches)[0].items():
                     write_statistics(norms[name], *values)
             yield
+        finally:
+            return_to_shards(module)
+            write_parts(module, kept)
 
     @override
     def _settle(self, trainer: Trainer, module: LightningModule) -> None:
