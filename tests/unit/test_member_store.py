@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_tricks._core.surgery import Patches
 from lightning_tricks._core.tensor_files import TensorFiles, digest_of
 from lightning_tricks.ensembling._store import MemberStore
 from lightning_tricks.errors import CheckpointError
@@ -48,9 +47,9 @@ def scramble(module: nn.Module) -> nn.Module:
     return module
 
 
-def trainer(**options):
-    strategy = SimpleNamespace(barrier=lambda: None, save_checkpoint=lambda checkpoint, path, **_: torch.save(checkpoint, path))
-    return SimpleNamespace(is_global_zero=True, global_rank=0, world_size=1, strategy=strategy, ckpt_path=None, **options)
+def trainer():
+    strategy = SimpleNamespace(barrier=lambda: None)
+    return SimpleNamespace(is_global_zero=True, global_rank=0, world_size=1, strategy=strategy, ckpt_path=None)
 
 
 def equal(one, other):
@@ -186,25 +185,36 @@ def files_in(store):
 
 def test_dropped_members_stay_as_long_as_a_checkpoint_names_them(stored, tmp_path):
     module, store = stored
-    saving, patches = trainer(), Patches()
-    store.watch(saving, patches)
     first, second = store.members
-    saving.strategy.save_checkpoint({"entries": store.entries()}, tmp_path / "a.ckpt")
-    saving.strategy.save_checkpoint({"entries": store.entries()}, tmp_path / "b.ckpt")
-    third = store.add(scramble(module), saving, "third", {})
-    store.drop(third, saving)
+
+    def save(name):
+        torch.save({"entries": store.entries()}, tmp_path / name)
+        store.saved(tmp_path / name, trainer())
+
+    save("a.ckpt")
+    save("b.ckpt")
+    store.drop(store.add(scramble(module), trainer(), "third", {}), trainer())
     assert files_in(store) == {*first.files, *second.files}
-    store.drop(first, saving)
+    store.drop(first, trainer())
     (tmp_path / "a.ckpt").unlink()
-    saving.strategy.save_checkpoint({"entries": store.entries()}, tmp_path / "c.ckpt")
+    save("c.ckpt")
     assert files_in(store) == {*first.files, *second.files}
     (tmp_path / "b.ckpt").unlink()
-    saving.strategy.save_checkpoint({"entries": store.entries()}, tmp_path / "d.ckpt")
+    save("d.ckpt")
     assert files_in(store) == set(second.files)
-    patches.undo()
     store.entries()  # for a checkpoint that is written somewhere unknown
-    store.drop(second, saving)
+    store.drop(second, trainer())
+    (tmp_path / "d.ckpt").unlink()
     assert files_in(store) == set(second.files)
+
+
+def test_a_checkpoint_that_was_never_seen_keeps_its_members(stored):
+    _, store = stored
+    store.entries()
+    store.saved("remote://bucket/a.ckpt", trainer())  # or one that is still being written
+    store.drop(store.members[0], trainer())
+    store.drop(store.members[0], trainer())
+    assert len(files_in(store)) == 2
 
 
 def test_another_run_in_the_same_folder_touches_nothing(stored):

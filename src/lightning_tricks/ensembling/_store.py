@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
@@ -26,12 +25,12 @@ from lightning_tricks.ensembling._lending import Lending
 from lightning_tricks.errors import ArgumentError, CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    import os
+    from collections.abc import Iterable, Sequence
 
     from torch import nn
 
     from lightning_tricks._core.lightning import Trainer
-    from lightning_tricks._core.surgery import Patches
 
 __all__ = ["Facts", "Member", "MemberStore", "members_folder"]
 
@@ -186,16 +185,11 @@ class MemberStore:
             for member in self.members
         ]
 
-    def watch(self, trainer: Trainer, patches: Patches) -> None:
-        """Learn where the checkpoints are written that name members, so that no file is deleted which one needs."""
-
-        def watched(save: Callable[..., None], checkpoint: Any, filepath: Any, *arguments: Any, **options: Any) -> None:
-            save(checkpoint, filepath, *arguments, **options)
-            self._naming[str(filepath)], self._pending = (self._pending, False), set()
-            if trainer.is_global_zero:
-                self._tidy()
-
-        patches.wrap(trainer.strategy, "save_checkpoint", lambda save: partial(watched, save))
+    def saved(self, path: str | os.PathLike[str], trainer: Trainer) -> None:
+        """Note where a checkpoint was written that names the members, so that no file is deleted as long as it is there."""
+        self._naming[str(path)], self._pending = (self._pending, False), set()
+        if trainer.is_global_zero:
+            self._tidy()
 
     def restore(self, entries: Sequence[Mapping[str, Any]], module: nn.Module, trainer: Trainer) -> None:
         """Take over the members that a checkpoint names, in place of those held, after checking that all files are as they were.
