@@ -97,6 +97,23 @@ WEIGHT_DECAY_WRONG = (
     ),
 )
 
+ENSEMBLE_WRONG = (
+    ({"members": 0}, "`members` must be a whole number of at least 1, got 0."),
+    ({"combine": "median"}, "`combine` must be one of 'probabilities', 'logits', 'vote', 'mean', got 'median'"),
+    ({"output": "classes"}, "`output` must be one of 'logits', 'probabilities', got 'classes'"),
+    ({"combine": "logits", "output": "probabilities"}, "Pass combine='probabilities'"),
+    ({"class_dim": 0}, "`class_dim` must be the dimension of the classes, such as 1 or -1, and not 0"),
+    ({"target": ""}, "`target` must be the name of a module such as 'net.head'"),
+    ({"weights": "ema"}, "`weights` must be one of 'current', 'average', got 'ema'"),
+    ({"refresh_batch_norm": 0}, "`refresh_batch_norm` must be a number of batches of at least 1"),
+    ({"evaluate": "both"}, "`evaluate` must be one of True, False, 'members', got 'both'"),
+    ({"measure": 1}, "`measure` must be one of True, False, got 1"),
+    ({"item": 0.5}, "`item` must be an index or a key in a batch"),
+    ({"memory": "gpu"}, "`memory` must be one of 'cpu', 'disk', got 'gpu'"),
+    ({"dirpath": "s3://bucket"}, "`dirpath` must be a path of the file system"),
+    ({"name": "two words"}, "`name` must be a word"),
+)
+
 STANDARDIZATION_WRONG = (
     ({"per": "pixel"}, "`per` must be one of 'channel', 'feature', got 'pixel'"),
     ({"batches": 0}, "`batches` must be a positive number of batches, or 'all' for all, got 0."),
@@ -612,5 +629,38 @@ CASES = [
             "ranks alike": "ranks draw masks independently of each other, so that two do not train as one",
             "pooled": "statistics of normalization layers are left to training",
         },
+    ),
+    Case(
+        lt.FastGeometricEnsemble,
+        acting={"members": 2, "start": "20%", "cycle": 2, "lr": (0.1, 0.001)},
+        neutral={"members": 1, "schedule": None, "evaluate": False},
+        wrong=(
+            *ENSEMBLE_WRONG,
+            ({"start": -1}, "`start` must be an int of optimizer steps, or a text such as '500 steps'"),
+            ({"cycle": 5}, "`cycle` must be an even number of steps, in whose middle a member is taken, got 5."),
+            ({"cycle": "7 steps"}, "got '7 steps'"),
+            ({"cycle": "0 epochs"}, "`cycle` must be an int of optimizer steps"),
+            ({"lr": 0.1}, "`lr` must be two numbers, in (0, ∞) and [0, ∞), got 0.1."),
+            ({"lr": (0.0, 0.0)}, "`lr[0]` must lie in (0, ∞), got 0.0."),
+            ({"lr": (0.1, -0.1)}, "`lr[1]` must lie in [0, ∞), got -0.1."),
+            ({"lr": (0.001, 0.1)}, "`lr` must be the highest and then the lowest rate of a cycle"),
+            ({"schedule": "cosine"}, "`schedule` must be one of 'triangular', None, got 'cosine'"),
+            ({"schedule": None, "lr": (0.1, 0.001)}, "`lr` must be None where `schedule=None` leaves the learning rate alone"),
+        ),
+        nothing_matched=(({"target": "net.head"}, "`target='net.head'` names no module of Net, whose modules are 'body', "),),
+    ),
+    Case(
+        lt.CheckpointEnsemble,
+        acting={"members": 2, "every": 4},
+        neutral={"evaluate": False},
+        wrong=(
+            *ENSEMBLE_WRONG,
+            ({"monitor": ""}, "`monitor` must be the name of a logged metric such as 'val_loss', or None for the latest weights, got ''."),
+            ({"monitor": 3}, "got 3"),
+            ({"mode": "auto"}, "`mode` must be one of 'min', 'max', got 'auto'"),
+            ({"every": 0}, "`every` must be an int of optimizer steps"),
+        ),
+        nothing_matched=(({"target": "net.head"}, "`target='net.head'` names no module of Net, whose modules are 'body', "),),
+        skips={"trains alike": "training stays as it is, and evaluations alone change"},
     ),
 ]

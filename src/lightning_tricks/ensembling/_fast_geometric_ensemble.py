@@ -14,7 +14,7 @@ import math
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_tricks._core.checks import check_pair
+from lightning_tricks._core.checks import check_choice, check_pair
 from lightning_tricks._core.clock import Duration, FitLength, plain_duration
 from lightning_tricks._core.lightning import (
     STEP_OUTPUT,
@@ -68,6 +68,8 @@ class FastGeometricEnsemble(CountingEnsemble):
             of `members` cycles is in its middle at the end of the fit.
         lr: The rates ``(α₁, α₂)`` of the group of the highest base rate; other groups keep their ratio to it. None = each group's own
             base rate, and a hundredth of it.
+        schedule: ``"triangular"`` takes the learning rate over from any scheduler of the module. None leaves it alone, for modules with
+            cycles of their own; members are taken at the same steps.
         combine: What `forward` returns in evaluation: ``"probabilities"`` the logarithm of the members' mean probabilities, whose
             argmax and cross-entropy are the ensemble's; ``"logits"`` the mean logits; ``"vote"`` the majority vote, in which the mean
             probability decides between equals; ``"mean"`` the mean, for regression.
@@ -127,6 +129,7 @@ class FastGeometricEnsemble(CountingEnsemble):
         start: int | str = "75%",
         cycle: int | str | None = None,
         lr: Sequence[float] | None = None,
+        schedule: Literal["triangular"] | None = "triangular",
         combine: Combine = "probabilities",
         output: Output = "logits",
         class_dim: int = -1,
@@ -165,6 +168,10 @@ class FastGeometricEnsemble(CountingEnsemble):
         if self.lr is not None and self.lr[1] >= self.lr[0]:
             msg = f"`lr` must be the highest and then the lowest rate of a cycle, such as (0.05, 0.0005), got {lr!r}."
             raise ArgumentError(msg)
+        self.schedule = check_choice("schedule", schedule, ("triangular", None))
+        if self.schedule is None and self.lr is not None:
+            msg = f"`lr` must be None where `schedule=None` leaves the learning rate alone, got {lr!r}."
+            raise ArgumentError(msg)
         self._rates = CyclicRates()
         self._begin, self._length = 0, 2  # the steps before the cycles and those of one, once resolved
         self._taken = 0  # middles of cycles, after the latest batch
@@ -177,10 +184,14 @@ class FastGeometricEnsemble(CountingEnsemble):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        if self.schedule is None:
+            return
         for other in callbacks_of(trainer):
-            cycles = getattr(other, "sets_rates", False) and not getattr(other, "configures_optimizers", False)
-            if other is not self and (cycles or isinstance(other, FastGeometricEnsemble)):
-                msg = f"{self!r} and {other!r} both cycle the learning rates. Keep one."
+            cycles = isinstance(other, FastGeometricEnsemble) and other.schedule is not None
+            if other is not self and (
+                cycles or (getattr(other, "sets_rates", False) and not getattr(other, "configures_optimizers", False))
+            ):
+                msg = f"{self!r} and {other!r} both set the learning rates. Keep one, or pass `schedule=None` to one."
                 raise TrickConflictError(msg)
         if stage == "fit":
             self._patches.wrap(pl_module, "lr_scheduler_step", lambda step: partial(self._step_scheduler, step))
@@ -192,7 +203,7 @@ class FastGeometricEnsemble(CountingEnsemble):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        if trainer.lr_scheduler_configs:
+        if self.schedule is not None and trainer.lr_scheduler_configs:
             kinds = ", ".join(type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs)
             after = f"after {self._begin} steps"
             rank_zero_info(f"{self!r} takes the learning rates over from {kinds} of {type(pl_module).__name__} {after}.")
@@ -220,7 +231,9 @@ class FastGeometricEnsemble(CountingEnsemble):
         return cycle_middles(max(0, self._rates.steps - self._begin), self._length)
 
     @override
-    def _factor(self) -> Callable[[int], float | None]:
+    def _factor(self) -> Callable[[int], float | None] | None:
+        if self.schedule is None:
+            return None
         high, low = (1.0, _LOWEST) if self.lr is None else (1.0, self.lr[1] / self.lr[0])
         begin, length = self._begin, self._length
         return lambda step: None if step < begin else geometric_rate(step - begin, length, high, low)
