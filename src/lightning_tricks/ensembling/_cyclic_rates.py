@@ -33,15 +33,17 @@ class CyclicRates:
         self.steps = 0
         self.bases: list[list[float]] = []
         self._optimizers: list[Optimizer] = []
-        self._factor: Callable[[int], float] | None = None
+        self._factor: Callable[[int], float | None] | None = None
         self._handles: list[RemovableHandle] = []
 
-    def attach(self, optimizers: Sequence[Optimizer], factor: Callable[[int], float] | None, *, highest: float | None = None) -> None:
+    def attach(
+        self, optimizers: Sequence[Optimizer], factor: Callable[[int], float | None] | None, *, highest: float | None = None
+    ) -> None:
         """Count steps and write rates from here on; without a factor, count only.
 
         Args:
             optimizers: The optimizers, of which the first is counted.
-            factor: What the base rates are multiplied by for the step after that many others.
+            factor: What the base rates are multiplied by for the step after that many others; None = they are left alone.
             highest: What the highest base rate becomes; the others keep their ratio to it. None = they stay.
 
         Raises:
@@ -75,9 +77,9 @@ class CyclicRates:
 
     def write(self) -> None:
         """Set the rates with which the next step is taken."""
-        if self._factor is None:
+        factor = None if self._factor is None else self._factor(self.steps)
+        if factor is None:
             return
-        factor = self._factor(self.steps)
         for optimizer, bases in zip(self._optimizers, self.bases, strict=True):
             bases += [_base_rate(group) for group in optimizer.param_groups[len(bases) :]]  # groups that joined, as thawed layers do
             for group, base in zip(optimizer.param_groups, bases, strict=True):
