@@ -12,6 +12,7 @@ from lightning_tricks.data._input_standardization import InputStandardization
 from lightning_tricks.data._target_standardization import TargetStandardization
 from lightning_tricks.ensembling._checkpoint_ensemble import CheckpointEnsemble
 from lightning_tricks.ensembling._fast_geometric_ensemble import FastGeometricEnsemble
+from lightning_tricks.ensembling._snapshot_ensemble import SnapshotEnsemble
 from lightning_tricks.normalization._activation_swap import ActivationSwap
 from lightning_tricks.normalization._batch_norm_freeze import BatchNormFreeze
 from lightning_tricks.normalization._batch_norm_refresh import BatchNormRefresh
@@ -45,6 +46,7 @@ __all__ = [
     "OptimizerFactory",
     "PolyakAveraging",
     "PostHocEMA",
+    "SnapshotEnsemble",
     "StochasticDepth",
     "TargetStandardization",
     "WeightDecay",

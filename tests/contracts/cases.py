@@ -97,23 +97,6 @@ WEIGHT_DECAY_WRONG = (
     ),
 )
 
-ENSEMBLE_WRONG = (
-    ({"members": 0}, "`members` must be a whole number of at least 1, got 0."),
-    ({"combine": "median"}, "`combine` must be one of 'probabilities', 'logits', 'vote', 'mean', got 'median'"),
-    ({"output": "classes"}, "`output` must be one of 'logits', 'probabilities', got 'classes'"),
-    ({"combine": "logits", "output": "probabilities"}, "Pass combine='probabilities'"),
-    ({"class_dim": 0}, "`class_dim` must be the dimension of the classes, such as 1 or -1, and not 0"),
-    ({"target": ""}, "`target` must be the name of a module such as 'net.head'"),
-    ({"weights": "ema"}, "`weights` must be one of 'current', 'average', got 'ema'"),
-    ({"refresh_batch_norm": 0}, "`refresh_batch_norm` must be a number of batches of at least 1"),
-    ({"evaluate": "both"}, "`evaluate` must be one of True, False, 'members', got 'both'"),
-    ({"measure": 1}, "`measure` must be one of True, False, got 1"),
-    ({"item": 0.5}, "`item` must be an index or a key in a batch"),
-    ({"memory": "gpu"}, "`memory` must be one of 'cpu', 'disk', got 'gpu'"),
-    ({"dirpath": "s3://bucket"}, "`dirpath` must be a path of the file system"),
-    ({"name": "two words"}, "`name` must be a word"),
-)
-
 STANDARDIZATION_WRONG = (
     ({"per": "pixel"}, "`per` must be one of 'channel', 'feature', got 'pixel'"),
     ({"batches": 0}, "`batches` must be a positive number of batches, or 'all' for all, got 0."),
@@ -134,6 +117,36 @@ STANDARDIZATION_SKIPS = {
     "pooled": "statistics of normalization layers are left to training",
     "tensor parallel": "the model of that check has no `forward`",
     "remove": "statistics belong to the model, which keeps them after the fit",
+}
+
+ENSEMBLE_WRONG = (
+    ({"members": 0}, "`members` must be a whole number of at least 1, got 0."),
+    ({"members": 2.0}, "got 2.0"),
+    ({"members": True}, "got True"),
+    ({"combine": "median"}, "`combine` must be one of 'probabilities', 'logits', 'vote', 'mean', got 'median'"),
+    ({"output": "scores"}, "`output` must be one of 'logits', 'probabilities', got 'scores'"),
+    ({"combine": "logits", "output": "probabilities"}, "`combine='logits'` must have members that return logits"),
+    ({"class_dim": 0}, "`class_dim` must be the dimension of the classes, such as 1 or -1, and not 0, which is the batch, got 0."),
+    ({"class_dim": 1.0}, "got 1.0"),
+    ({"target": ""}, "`target` must be the name of a module such as 'net.head', or None for the model's `forward`, got ''."),
+    ({"weights": "best"}, "`weights` must be one of 'current', 'average', got 'best'"),
+    ({"refresh_batch_norm": 0}, "`refresh_batch_norm` must be a number of batches of at least 1, 'all', or None"),
+    ({"refresh_batch_norm": True}, "got True"),
+    ({"evaluate": "both"}, "`evaluate` must be one of True, False, 'members', got 'both'"),
+    ({"measure": 1}, "`measure` must be one of True, False, got 1"),
+    ({"item": 0.5}, "`item` must be an index or a key in a batch"),
+    ({"memory": "gpu"}, "`memory` must be one of 'cpu', 'disk', got 'gpu'"),
+    ({"dirpath": "s3://bucket/members"}, "`dirpath` must be a path of the file system"),
+    ({"name": "two words"}, "`name` must be a word"),
+)
+
+ENSEMBLE_SKIPS = {
+    "deepspeed": "the engine gathers and updates weights of its own, so the callback refuses it",
+    "fsdp1": "parameters are melted into flat ones, in which no member's can be lent, so the callback refuses it",
+    "lends": "members are lent within the forward pass alone, and the module holds the weights of training",
+    "pooled": "statistics of normalization layers are left to training",
+    "tensor parallel": "the model of that check has no `forward`",
+    "remove": "a callback that changes no module has nothing to remove",
 }
 
 CASES = [
@@ -648,6 +661,7 @@ CASES = [
             ({"schedule": None, "lr": (0.1, 0.001)}, "`lr` must be None where `schedule=None` leaves the learning rate alone"),
         ),
         nothing_matched=(({"target": "net.head"}, "`target='net.head'` names no module of Net, whose modules are 'body', "),),
+        skips=ENSEMBLE_SKIPS,
     ),
     Case(
         lt.CheckpointEnsemble,
@@ -661,6 +675,22 @@ CASES = [
             ({"every": 0}, "`every` must be an int of optimizer steps"),
         ),
         nothing_matched=(({"target": "net.head"}, "`target='net.head'` names no module of Net, whose modules are 'body', "),),
-        skips={"trains alike": "training stays as it is, and evaluations alone change"},
+        skips={**ENSEMBLE_SKIPS, "trains alike": "training stays as it is, and evaluations alone change"},
+    ),
+    Case(
+        lt.SnapshotEnsemble,
+        acting={"members": 3},
+        neutral={"schedule": None, "evaluate": False},
+        wrong=(
+            ({"members": 3, "cycles": 2}, "`cycles` must be at least `members`, each of which takes one, got cycles=2 and members=3."),
+            ({"cycles": 0}, "`cycles` must be a whole number of at least 1, got 0."),
+            ({"restart_lr": 0}, "`restart_lr` must lie in (0, ∞), got 0."),
+            ({"restart_lr": "0.1"}, "got '0.1'"),
+            ({"schedule": "linear"}, "`schedule` must be one of 'cosine', None, got 'linear'"),
+            ({"schedule": None, "restart_lr": 0.1}, "`restart_lr` must be None where `schedule=None` leaves the learning rate alone"),
+            *ENSEMBLE_WRONG,
+        ),
+        nothing_matched=(({"target": "bdy"}, "`target='bdy'` names no module of Net, whose modules are 'body', 'body.0'"),),
+        skips=ENSEMBLE_SKIPS,
     ),
 ]

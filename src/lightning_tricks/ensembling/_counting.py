@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
-from lightning_tricks._core.lightning import LightningModule, Trainer, override
+from lightning_tricks._core.lightning import LightningModule, Trainer, callbacks_of, is_rate_finder, override
 from lightning_tricks.ensembling._cyclic_rates import CyclicRates
 from lightning_tricks.ensembling._ensemble_trick import EnsembleTrick
 
@@ -40,7 +40,8 @@ class CountingEnsemble(EnsembleTrick):
         self._attach(trainer)
 
     def _attach(self, trainer: Trainer) -> None:
-        self._rates.attach(trainer.optimizers, self._factor(), highest=self._highest())
+        found = any(is_rate_finder(callback) for callback in callbacks_of(trainer))
+        self._rates.attach(trainer.optimizers, self._factor(), highest=self._highest(), found=found)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -222,13 +222,13 @@ class MemberStore:
     # Use
 
     def lending(self, module: nn.Module, trainer: Trainer) -> Lending[Member]:
-        """Return what lends the members' weights to the module, one after another."""
+        """Return what lends the members' weights to the module, one after another; unless read from disk, they stay on its device."""
         likes = likes_of(module)
 
         def parts_of(member: Member) -> dict[str, Tensor]:
             return self._kept.get(member) or _read(member, likes, trainer.global_rank)
 
-        return Lending(module, likes, parts_of)
+        return Lending(module, likes, parts_of, keep=self._memory == "cpu")
 
     def state_dict(self, member: Member) -> dict[str, Tensor]:
         """Return a member's whole tensors on the CPU, by names without wrappers, whatever the number of ranks that wrote them."""
