@@ -58,7 +58,7 @@ def expected_rates(lr, start=5, cycle=4):
 
 @pytest.mark.parametrize("lr", [None, (0.4, 0.004)])
 def test_rates_and_members_are_those_of_the_paper(lr, caplog):
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, "lightning.pytorch")
     watch, expected = Watch(), expected_rates(lr)
     trick = lt.FastGeometricEnsemble(2, start=5, cycle=4, lr=lr)
     run = fit([trick, watch], Groups)
@@ -91,6 +91,7 @@ def test_without_a_cycle_the_last_member_is_taken_at_the_end(members, start, ste
     assert [member.facts["step"] for member in trick._members] == steps
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_it_joins_a_run_where_a_checkpoint_ends(tmp_path):
     fit([ModelCheckpoint(tmp_path, filename="pretrained")], Groups, max_epochs=1)
     trick, watch = lt.FastGeometricEnsemble(2, start=5, cycle=4), Watch()
@@ -104,7 +105,9 @@ def test_the_schedule_of_a_recipe_rules_until_the_start():
         watch = Watch()
         tricks = [lt.FastGeometricEnsemble(2, start=5, cycle=4), lt.OptimizerFactory(optim.SGD(0.1), schedule=schedules.Cosine())]
         fit([watch, *tricks[::order]])
-        expected = [0.1 * schedules.Cosine().value(step, 15) for step in range(5)] + [geometric_rate(i, 4, 0.1, 0.001) for i in range(1, 11)]
+        expected = [0.1 * schedules.Cosine().value(step, 15) for step in range(5)] + [
+            geometric_rate(i, 4, 0.1, 0.001) for i in range(1, 11)
+        ]
         torch.testing.assert_close(torch.tensor(watch.rates)[:, 0], torch.tensor(expected))
 
 
