@@ -51,8 +51,8 @@ class ByHand(Callback):
 
 def expected_rates(lr, start=5, cycle=4):
     own = [[0.1 * 0.9**step, 0.05 * 0.9**step] for step in range(start)]
-    highs = (0.1, 0.05) if lr is None else (lr[0], lr[0] / 2)
-    low = 0.01 if lr is None else lr[1] / lr[0]
+    highs = (0.05, 0.025) if lr is None else (lr[0], lr[0] / 2)
+    low = 0.2 if lr is None else lr[1] / lr[0]
     return own + [[geometric_rate(i, cycle, high, low * high) for high in highs] for i in range(1, 16 - start)]
 
 
@@ -106,7 +106,7 @@ def test_the_schedule_of_a_recipe_rules_until_the_start():
         tricks = [lt.FastGeometricEnsemble(2, start=5, cycle=4), lt.OptimizerFactory(optim.SGD(0.1), schedule=schedules.Cosine())]
         fit([watch, *tricks[::order]])
         expected = [0.1 * schedules.Cosine().value(step, 15) for step in range(5)] + [
-            geometric_rate(i, 4, 0.1, 0.001) for i in range(1, 11)
+            geometric_rate(i, 4, 0.05, 0.01) for i in range(1, 11)
         ]
         torch.testing.assert_close(torch.tensor(watch.rates)[:, 0], torch.tensor(expected))
 
