@@ -10,6 +10,7 @@ Source: H. Chen, S. Lundberg and S.-I. Lee, "Checkpoint Ensembles: Ensemble Meth
 from __future__ import annotations
 
 import math
+import os
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -98,8 +99,8 @@ class CheckpointEnsemble(CountingEnsemble):
         2017. There, the metric is the validation loss and candidates come from each epoch.
 
     Example:
-        >>> CheckpointEnsemble(5, monitor="val_acc", mode="max")
-        CheckpointEnsemble(members=5, monitor='val_acc', mode='max')
+        >>> CheckpointEnsemble(3, monitor="val_acc", mode="max")
+        CheckpointEnsemble(members=3, monitor='val_acc', mode='max')
     """
 
     def __init__(
@@ -119,7 +120,7 @@ class CheckpointEnsemble(CountingEnsemble):
         measure: bool = True,
         item: int | str | None = None,
         memory: Literal["cpu", "disk"] = "cpu",
-        dirpath: str | None = None,
+        dirpath: str | os.PathLike[str] | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(

@@ -11,6 +11,7 @@ DNNs", NeurIPS, 2018.
 from __future__ import annotations
 
 import math
+import os
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -141,7 +142,7 @@ class FastGeometricEnsemble(CountingEnsemble):
         measure: bool = True,
         item: int | str | None = None,
         memory: Literal["cpu", "disk"] = "cpu",
-        dirpath: str | None = None,
+        dirpath: str | os.PathLike[str] | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(
