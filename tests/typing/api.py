@@ -73,7 +73,7 @@ trainer = L.Trainer(
 lt.FastGeometricEnsemble(6, start="80%", cycle="2 epochs", lr=(0.05, 0.01), target="net", weights="average", refresh_batch_norm="all")
 lt.FastGeometricEnsemble(schedule=None, combine="vote", class_dim=1, evaluate="members", measure=False, item="labels", memory="disk")
 lt.CheckpointEnsemble(3, monitor="val_acc", mode="max", every="500 steps", output="probabilities", dirpath="members", name="best")
-members: nn.Module = lt.CheckpointEnsemble().to_ensemble()[0]
+latest: nn.Module = lt.CheckpointEnsemble().to_ensemble()[0]
 lt.FeatureNoise(0.1, where="body")
 lt.FeatureNoise(schedules.Linear(0.3, final=0.0), where=["body.*"], exclude="head", kind="additive", relative=True, at="input", name="slow")
 lt.DropBlock(schedules.Linear(0.0, final=0.1), block_size=5, where="layer4", exclude=["*.bn1"], per="sample", name="slow")
