@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from lightning_tricks import errors, functional, nn, optim, schedules
+from lightning_tricks import errors, functional, metrics, nn, optim, schedules
 from lightning_tricks._loading import load_from_checkpoint
 from lightning_tricks.averaging._ema import EMA
 from lightning_tricks.averaging._latest_weight_averaging import LatestWeightAveraging
@@ -10,6 +10,9 @@ from lightning_tricks.averaging._polyak_averaging import PolyakAveraging
 from lightning_tricks.averaging._post_hoc_ema import PostHocEMA
 from lightning_tricks.data._input_standardization import InputStandardization
 from lightning_tricks.data._target_standardization import TargetStandardization
+from lightning_tricks.ensembling._checkpoint_ensemble import CheckpointEnsemble
+from lightning_tricks.ensembling._fast_geometric_ensemble import FastGeometricEnsemble
+from lightning_tricks.ensembling._snapshot_ensemble import SnapshotEnsemble
 from lightning_tricks.normalization._activation_swap import ActivationSwap
 from lightning_tricks.normalization._batch_norm_freeze import BatchNormFreeze
 from lightning_tricks.normalization._batch_norm_refresh import BatchNormRefresh
@@ -29,9 +32,11 @@ __all__ = [
     "ActivationSwap",
     "BatchNormFreeze",
     "BatchNormRefresh",
+    "CheckpointEnsemble",
     "DropBlock",
     "DropConnect",
     "Dropout",
+    "FastGeometricEnsemble",
     "FeatureNoise",
     "FractionalMaxPool",
     "Initialization",
@@ -41,12 +46,14 @@ __all__ = [
     "OptimizerFactory",
     "PolyakAveraging",
     "PostHocEMA",
+    "SnapshotEnsemble",
     "StochasticDepth",
     "TargetStandardization",
     "WeightDecay",
     "errors",
     "functional",
     "load_from_checkpoint",
+    "metrics",
     "nn",
     "optim",
     "schedules",

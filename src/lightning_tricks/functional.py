@@ -11,6 +11,7 @@ from lightning_tricks.data._standardizer import remove_standardization
 from lightning_tricks.data._statistics import StandardizationStatistics, standardization_statistics, whitening_matrix
 from lightning_tricks.data._target_standardization import standardize_targets
 from lightning_tricks.ensembling._combining import Uncertainty, combine_predictions, decompose_uncertainty
+from lightning_tricks.ensembling._measures import brier_score, disagreement, diversity
 from lightning_tricks.normalization._activation_swap import swap_activation
 from lightning_tricks.normalization._batch_norm_fold import FoldReport, fold_batch_norm
 from lightning_tricks.normalization._batch_norm_refresh import refresh_batch_norm
@@ -45,9 +46,12 @@ __all__ = [
     "apply_weight_normalization",
     "apply_weight_standardization",
     "averaged_state_dict",
+    "brier_score",
     "combine_predictions",
     "decay_weights_",
     "decompose_uncertainty",
+    "disagreement",
+    "diversity",
     "ema_decay",
     "ema_update_",
     "fold_batch_norm",

@@ -119,6 +119,36 @@ STANDARDIZATION_SKIPS = {
     "remove": "statistics belong to the model, which keeps them after the fit",
 }
 
+ENSEMBLE_WRONG = (
+    ({"members": 0}, "`members` must be a whole number of at least 1, got 0."),
+    ({"members": 2.0}, "got 2.0"),
+    ({"members": True}, "got True"),
+    ({"combine": "median"}, "`combine` must be one of 'probabilities', 'logits', 'vote', 'mean', got 'median'"),
+    ({"output": "scores"}, "`output` must be one of 'logits', 'probabilities', got 'scores'"),
+    ({"combine": "logits", "output": "probabilities"}, "`combine='logits'` must have members that return logits"),
+    ({"class_dim": 0}, "`class_dim` must be the dimension of the classes, such as 1 or -1, and not 0, which is the batch, got 0."),
+    ({"class_dim": 1.0}, "got 1.0"),
+    ({"target": ""}, "`target` must be the name of a module such as 'net.head', or None for the model's `forward`, got ''."),
+    ({"weights": "best"}, "`weights` must be one of 'current', 'average', got 'best'"),
+    ({"refresh_batch_norm": 0}, "`refresh_batch_norm` must be a number of batches of at least 1, 'all', or None"),
+    ({"refresh_batch_norm": True}, "got True"),
+    ({"evaluate": "both"}, "`evaluate` must be one of True, False, 'members', got 'both'"),
+    ({"measure": 1}, "`measure` must be one of True, False, got 1"),
+    ({"item": 0.5}, "`item` must be an index or a key in a batch"),
+    ({"memory": "gpu"}, "`memory` must be one of 'cpu', 'disk', got 'gpu'"),
+    ({"dirpath": "s3://bucket/members"}, "`dirpath` must be a path of the file system"),
+    ({"name": "two words"}, "`name` must be a word"),
+)
+
+ENSEMBLE_SKIPS = {
+    "deepspeed": "the engine gathers and updates weights of its own, so the callback refuses it",
+    "fsdp1": "parameters are melted into flat ones, in which no member's can be lent, so the callback refuses it",
+    "lends": "members are lent within the forward pass alone, and the module holds the weights of training",
+    "pooled": "statistics of normalization layers are left to training",
+    "tensor parallel": "the model of that check has no `forward`",
+    "remove": "a callback that changes no module has nothing to remove",
+}
+
 CASES = [
     Case(
         lt.EMA,
@@ -612,5 +642,55 @@ CASES = [
             "ranks alike": "ranks draw masks independently of each other, so that two do not train as one",
             "pooled": "statistics of normalization layers are left to training",
         },
+    ),
+    Case(
+        lt.FastGeometricEnsemble,
+        acting={"members": 2, "start": "20%", "cycle": 2, "lr": (0.1, 0.001)},
+        neutral={"members": 1, "schedule": None, "evaluate": False},
+        wrong=(
+            *ENSEMBLE_WRONG,
+            ({"start": -1}, "`start` must be an int of optimizer steps, or a text such as '500 steps'"),
+            ({"cycle": 5}, "`cycle` must be an even number of steps, in whose middle a member is taken, got 5."),
+            ({"cycle": "7 steps"}, "got '7 steps'"),
+            ({"cycle": "0 epochs"}, "`cycle` must be an int of optimizer steps"),
+            ({"lr": 0.1}, "`lr` must be two numbers, in (0, ∞) and [0, ∞), got 0.1."),
+            ({"lr": (0.0, 0.0)}, "`lr[0]` must lie in (0, ∞), got 0.0."),
+            ({"lr": (0.1, -0.1)}, "`lr[1]` must lie in [0, ∞), got -0.1."),
+            ({"lr": (0.001, 0.1)}, "`lr` must be the highest and then the lowest rate of a cycle"),
+            ({"schedule": "cosine"}, "`schedule` must be one of 'triangular', None, got 'cosine'"),
+            ({"schedule": None, "lr": (0.1, 0.001)}, "`lr` must be None where `schedule=None` leaves the learning rate alone"),
+        ),
+        nothing_matched=(({"target": "net.head"}, "`target='net.head'` names no module of Net, whose modules are 'body', "),),
+        skips=ENSEMBLE_SKIPS,
+    ),
+    Case(
+        lt.CheckpointEnsemble,
+        acting={"members": 2, "every": 4},
+        neutral={"evaluate": False},
+        wrong=(
+            *ENSEMBLE_WRONG,
+            ({"monitor": ""}, "`monitor` must be the name of a logged metric such as 'val_loss', or None for the latest weights, got ''."),
+            ({"monitor": 3}, "got 3"),
+            ({"mode": "auto"}, "`mode` must be one of 'min', 'max', got 'auto'"),
+            ({"every": 0}, "`every` must be an int of optimizer steps"),
+        ),
+        nothing_matched=(({"target": "net.head"}, "`target='net.head'` names no module of Net, whose modules are 'body', "),),
+        skips={**ENSEMBLE_SKIPS, "trains alike": "training stays as it is, and evaluations alone change"},
+    ),
+    Case(
+        lt.SnapshotEnsemble,
+        acting={"members": 3},
+        neutral={"schedule": None, "evaluate": False},
+        wrong=(
+            ({"members": 3, "cycles": 2}, "`cycles` must be at least `members`, each of which takes one, got cycles=2 and members=3."),
+            ({"cycles": 0}, "`cycles` must be a whole number of at least 1, got 0."),
+            ({"restart_lr": 0}, "`restart_lr` must lie in (0, ∞), got 0."),
+            ({"restart_lr": "0.1"}, "got '0.1'"),
+            ({"schedule": "linear"}, "`schedule` must be one of 'cosine', None, got 'linear'"),
+            ({"schedule": None, "restart_lr": 0.1}, "`restart_lr` must be None where `schedule=None` leaves the learning rate alone"),
+            *ENSEMBLE_WRONG,
+        ),
+        nothing_matched=(({"target": "bdy"}, "`target='bdy'` names no module of Net, whose modules are 'body', 'body.0'"),),
+        skips=ENSEMBLE_SKIPS,
     ),
 ]

@@ -6,6 +6,7 @@ from lightning_tricks._core.trick import Trick
 
 PROMISES = {
     "deepspeed",
+    "fsdp1",
     "keys",
     "lends",
     "neutral",
@@ -14,6 +15,7 @@ PROMISES = {
     "ranks alike",
     "remove",
     "tensor parallel",
+    "trains alike",
     "types",
     "weights",
 }

@@ -21,16 +21,14 @@ def check_conflicts(callbacks: Iterable[Callback]) -> None:
     Two tricks may not share a state key, since their checkpoints and logs would collide. Only one callback, Lightning's own
     included, may replace the weights used for evaluation, and only one the statistics of normalization layers; Lightning's averages
     replace both. What a trick follows from step to step, no other callback may replace. Only one callback may take over
-    `configure_optimizers`.
+    `configure_optimizers`, and only one may set learning rates.
 
     Raises:
         TrickConflictError: Naming both callbacks and the way out.
     """
     callbacks = list(callbacks)
-    builders = [callback for callback in callbacks if getattr(callback, "configures_optimizers", False)]
-    if len(builders) > 1:
-        msg = f"{builders[0]!r} and {builders[1]!r} both take over `configure_optimizers`. Keep one."
-        raise TrickConflictError(msg)
+    _check_only_one(callbacks, "configures_optimizers", "take over `configure_optimizers`. Keep one.")
+    _check_only_one(callbacks, "sets_rates", "set the learning rates. Keep one, or pass `schedule=None` to one.")
     keys: dict[str, Callback] = {}
     for callback in callbacks:
         if not hasattr(callback, "evaluation_owner"):
@@ -65,4 +63,11 @@ def check_conflicts(callbacks: Iterable[Callback]) -> None:
     if measuring and foreign:
         other = f"Lightning's {type(foreign[0]).__name__}"
         msg = f"{measuring[0]!r} and {other} both replace the statistics of normalization layers used for evaluation. Keep one."
+        raise TrickConflictError(msg)
+
+
+def _check_only_one(callbacks: Iterable[Callback], capability: str, words: str) -> None:
+    having = [callback for callback in callbacks if getattr(callback, capability, False)]
+    if len(having) > 1:
+        msg = f"{having[0]!r} and {having[1]!r} both {words}"
         raise TrickConflictError(msg)

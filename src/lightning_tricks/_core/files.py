@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_tricks._core.tensor_files import SUFFIX, TensorFiles, siblings
 from lightning_tricks.errors import ArgumentError, CheckpointError
 
 __all__ = ["check_paths", "read_state_dict"]
@@ -31,6 +32,8 @@ def check_paths(paths: Iterable[str | os.PathLike[str]]) -> tuple[Path, ...]:
 def read_state_dict(path: Path) -> OrderedDict[str, Any]:
     """Return the state dict in a file, or under ``state_dict`` in it, without reading from disk what is not used yet.
 
+    A safetensors file that one of several ranks wrote is read together with those of the others.
+
     Raises:
         CheckpointError: If there is no such file, or no state dict in it.
     """
@@ -38,6 +41,8 @@ def read_state_dict(path: Path) -> OrderedDict[str, Any]:
         found = "is a folder; consolidate a sharded checkpoint into one file first" if path.is_dir() else "does not exist"
         msg = f"Weights are read from files: '{path}' {found}."
         raise CheckpointError(msg)
+    if path.suffix == SUFFIX:
+        return OrderedDict(TensorFiles(siblings(path)).wholes())
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:

@@ -64,6 +64,11 @@ class Trick(Callback, ABC):
         return False
 
     @property
+    def sets_rates(self) -> bool:
+        """Whether this trick sets the optimizers' learning rates."""
+        return False
+
+    @property
     def log_prefix(self) -> str:
         """First part of the trick's log keys: ``ema`` for EMA(), ``ema_slow`` for EMA(name='slow')."""
         words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", type(self).__name__).lower()

@@ -20,7 +20,7 @@ from lightning_tricks.errors import ArgumentError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Combine", "Output", "Uncertainty", "check_combination", "combine_predictions", "decompose_uncertainty"]
+__all__ = ["Combine", "Output", "Uncertainty", "check_combination", "combine_predictions", "decompose_uncertainty", "log_probabilities"]
 
 Combine = Literal["probabilities", "logits", "vote", "mean"]
 Output = Literal["logits", "probabilities"]
@@ -102,7 +102,7 @@ def combine_predictions(
     check_combination(combine, output)
     if combine in {"mean", "logits"}:
         return predictions.mean(0)
-    logs, dim, binary = _log_probabilities(predictions, output, class_dim)
+    logs, dim, binary = log_probabilities(predictions, output, class_dim)
     joined = torch.logsumexp(logs, 0) - math.log(len(logs)) if output == "logits" else logs.exp().mean(0)
     if combine == "vote":
         votes = one_hot(logs.argmax(dim), logs.shape[dim]).movedim(-1, dim).sum(0)
@@ -145,9 +145,10 @@ def decompose_uncertainty(
     """
     check_combination(combine, output)
     if combine == "mean":
-        spread = _widened(predictions).var(0, unbiased=False)
+        wide = _widened(predictions)
+        spread = (wide - wide.mean(0)).square().mean(0)
         return Uncertainty(spread, torch.zeros_like(spread), spread)
-    logs, dim, binary = _log_probabilities(predictions, output, class_dim)
+    logs, dim, binary = log_probabilities(predictions, output, class_dim)
     total = _entropy(torch.logsumexp(logs, 0) - math.log(len(logs)), dim if dim < 0 else dim - 1)
     aleatoric = _entropy(logs, dim).mean(0)
     if binary and predictions.ndim > 2:
@@ -160,7 +161,7 @@ def _widened(predictions: Tensor) -> Tensor:
     return predictions.float() if predictions.dtype in {torch.float16, torch.bfloat16} else predictions
 
 
-def _log_probabilities(predictions: Tensor, output: Output, class_dim: int) -> tuple[Tensor, int, bool]:
+def log_probabilities(predictions: Tensor, output: Output, class_dim: int) -> tuple[Tensor, int, bool]:
     """Return the logarithms of each member's probabilities, the dimension of the classes, and whether one number stood for two of them.
 
     If it did, the two stand along a last dimension of their own.

@@ -22,6 +22,7 @@ from torch.func import functional_call, vmap
 from lightning_tricks._core.checks import check_choice
 from lightning_tricks._core.files import check_paths, read_state_dict
 from lightning_tricks._core.lightning import override
+from lightning_tricks._core.strategies import plain_name
 from lightning_tricks.ensembling._combining import (
     Combine,
     Output,
@@ -119,7 +120,8 @@ class Ensemble(nn.Module):
         """Make an ensemble, in evaluation mode, from files of weights.
 
         Args:
-            paths: Lightning checkpoints, whose ``state_dict`` is used, or state dicts saved by ``torch.save``.
+            paths: Lightning checkpoints, whose ``state_dict`` is used, state dicts saved by ``torch.save``, or safetensors files, such as
+                those of members that a callback has stored; of those of several ranks, name one.
             make_module: Makes a module that the weights fit; those of a LightningModule also fit its only submodule that holds them.
             combine: As for the class.
             output: As for the class.
@@ -135,8 +137,10 @@ class Ensemble(nn.Module):
         """
         members = []
         for path in check_paths(paths):
-            member, state = make_module(), read_state_dict(path)
-            own = member.state_dict().keys()
+            member, stored = make_module(), read_state_dict(path)
+            state = {plain_name(name, compiled=False): value for name, value in stored.items()}
+            names = {plain_name(name, compiled=False): name for name in member.state_dict()}
+            own = names.keys()
             prefixes = ["", *sorted({name.partition(".")[0] + "." for name in state})]
             fitting = (prefix for prefix in prefixes if {f"{prefix}{name}" for name in own} == {n for n in state if n.startswith(prefix)})
             prefix = next(fitting, None)
@@ -148,7 +152,7 @@ class Ensemble(nn.Module):
                 )
                 raise CheckpointError(msg)
             try:
-                member.load_state_dict({name: state[f"{prefix}{name}"] for name in own})
+                member.load_state_dict({names[name]: state[f"{prefix}{name}"] for name in own})
             except RuntimeError as error:
                 msg = f"The weights in '{path}' must fit {type(member).__name__}. Let `make_module` make the model that was saved. {error}"
                 raise CheckpointError(msg) from error

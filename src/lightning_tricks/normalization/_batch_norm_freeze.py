@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 
+from lightning_tricks._core.batch_norms import select_batch_norms
 from lightning_tricks._core.checkpoint import write_entry
 from lightning_tricks._core.checks import check_bool, check_patterns
 from lightning_tricks._core.clock import Duration, plain_duration
@@ -27,7 +28,6 @@ from lightning_tricks._core.trick import Trick
 from lightning_tricks._core.updates import BeforeUpdate, updating
 from lightning_tricks.errors import NothingMatchedError, TrickConflictError
 from lightning_tricks.normalization._batch_norm_refresh import BatchNormRefresh
-from lightning_tricks.normalization._selection import select_batch_norms
 
 if TYPE_CHECKING:
     from torch import nn

@@ -14,24 +14,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from functools import partial
-from itertools import count, islice
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_tricks._core.batch_norms import select_batch_norms
+from lightning_tricks._core.batch_statistics import call_model, measure_in_training, measure_statistics, write_statistics
 from lightning_tricks._core.checkpoint import check_tensors, read_entry, write_entry
 from lightning_tricks._core.checks import check_choice, check_patterns
 from lightning_tricks._core.lightning import STEP_OUTPUT, LightningModule, Trainer, defines, override
-from lightning_tricks._core.loaders import evaluate_batch, training_pass, untouched
+from lightning_tricks._core.loaders import untouched
 from lightning_tricks._core.strategies import plain_name
 from lightning_tricks._core.surgery import Patches
 from lightning_tricks._core.swapping import settle_weights
 from lightning_tricks._core.trick import Trick
 from lightning_tricks.errors import ArgumentError, NothingMatchedError
-from lightning_tricks.normalization._selection import select_batch_norms
-from lightning_tricks.normalization._statistics import call_model, measure_statistics
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -91,7 +91,7 @@ def refresh_batch_norm(
     with untouched([loader]):
         statistics, used = measure_statistics(model, norms, islice(iter(loader), batches), forward or partial(call_model, model))
     for name, values in statistics.items():
-        _write(norms[name], *values)
+        write_statistics(norms[name], *values)
     return used
 
 
@@ -108,14 +108,6 @@ def _thawed(norms: dict[str, _BatchNorm], frozen: Iterable[str], *, trick: str) 
         msg = f"{trick} found no BatchNorm to measure: all {len(norms)} are kept in evaluation mode. Thaw some, or remove the refresh."
         raise NothingMatchedError(msg)
     return thawed
-
-
-def _write(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    with torch.no_grad():
-        norm.running_mean.copy_(mean)
-        norm.running_var.copy_(variance)
 
 
 class BatchNormRefresh(Trick):
@@ -260,12 +252,10 @@ class BatchNormRefresh(Trick):
 
     def _refresh(self, trainer: Trainer, module: LightningModule) -> None:
         norms = _thawed(self._select(module), self._frozen, trick=repr(self))
-        index = count()
-        with training_pass(trainer, None if self.batches == "all" else self.batches) as batches:
-            statistics, used = measure_statistics(module, norms, batches, lambda batch: evaluate_batch(trainer, module, batch, next(index)))
+        statistics, used = measure_in_training(trainer, module, norms, None if self.batches == "all" else self.batches)
         raw = _statistics(module, statistics)
         for name, values in statistics.items():
-            _write(norms[name], *values)
+            write_statistics(norms[name], *values)
         self._raw, self._measured, self._step = self._raw or raw, _statistics(module, statistics), trainer.global_step
         shifts = torch.cat(
             [(mean - raw[_key(name)].to(mean)) / (variance + norms[name].eps).sqrt() for name, (mean, variance) in statistics.items()]

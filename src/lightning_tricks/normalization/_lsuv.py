@@ -14,9 +14,9 @@ from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
+from lightning_tricks._core.batch_statistics import normalizing_by_batch
 from lightning_tricks._core.lightning import isolate_rng
 from lightning_tricks.errors import TrickError
-from lightning_tricks.normalization._statistics import normalizing_by_batch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

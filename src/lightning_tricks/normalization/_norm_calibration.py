@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_tricks._core.batch_statistics import Moments, pool_moments
 from lightning_tricks._core.surgery import replace_module
 from lightning_tricks.normalization._norm_reading import Kind, Norm, normalize, read_as
-from lightning_tricks.normalization._statistics import Moments, pool_moments
 
 __all__ = ["Pair", "calibrate_norms"]
 

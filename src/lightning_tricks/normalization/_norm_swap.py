@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_tricks._core.batch_statistics import call_model
 from lightning_tricks._core.checkpoint import read_changes, write_change, write_entry
 from lightning_tricks._core.checks import check_count
 from lightning_tricks._core.lightning import LightningModule, Trainer, override, rank_zero_info
@@ -29,7 +30,6 @@ from lightning_tricks.errors import ArgumentError, CheckpointError
 from lightning_tricks.normalization._norm_calibration import Pair, calibrate_norms
 from lightning_tricks.normalization._norm_plan import Settings, Swapped, carry_out
 from lightning_tricks.normalization._norm_reading import Kind
-from lightning_tricks.normalization._statistics import call_model
 
 __all__ = ["NormSwap", "swap_norm"]
 

@@ -68,8 +68,8 @@ class OptimizerFactory(PointSwitch):
 
     Raises:
         ArgumentError: If `recipe` is no recipe, or `schedule` no schedule.
-        TrickConflictError: At setup, if another callback also takes over `configure_optimizers`, or, with a schedule-free recipe, also
-            replaces the weights used for evaluation.
+        TrickConflictError: At setup, if another callback also takes over `configure_optimizers`, or, with a schedule, also sets learning
+            rates, or, with a schedule-free recipe, also replaces the weights used for evaluation.
         UnsupportedStrategyError: At setup, under FSDP1 with ``use_orig_params=False``, which hides the parameters that groups are
             made of.
         NothingMatchedError: When the optimizer is built, if the module has no trainable parameter, or a glob of the recipe matches none.
@@ -124,6 +124,11 @@ class OptimizerFactory(PointSwitch):
     @override
     def configures_optimizers(self) -> bool:
         return True
+
+    @property
+    @override
+    def sets_rates(self) -> bool:
+        return self.schedule is not None
 
     @property
     @override

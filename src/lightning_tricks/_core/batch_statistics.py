@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from contextlib import contextmanager
 from functools import partial
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed, nn
 
-from lightning_tricks._core.lightning import rank_zero_info
+from lightning_tricks._core.lightning import LightningModule, Trainer, rank_zero_info
+from lightning_tricks._core.loaders import evaluate_batch, training_pass
 from lightning_tricks._core.moments import Moments as _Moments
 from lightning_tricks._core.strategies import return_to_shards
 from lightning_tricks.errors import ArgumentError, TrickError
@@ -20,7 +22,15 @@ if TYPE_CHECKING:
 
     from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["Moments", "call_model", "measure_statistics", "normalizing_by_batch", "pool_moments"]
+__all__ = [
+    "Moments",
+    "call_model",
+    "measure_in_training",
+    "measure_statistics",
+    "normalizing_by_batch",
+    "pool_moments",
+    "write_statistics",
+]
 
 _PIECE = 1 << 22  # values converted to float64 at once
 _PATIENCE = 30.0  # seconds between reports of progress
@@ -78,6 +88,24 @@ def measure_statistics(
         )
         raise TrickError(msg)
     return reached, used
+
+
+def measure_in_training(
+    trainer: Trainer, module: LightningModule, norms: Mapping[str, _BatchNorm], batches: int | None
+) -> tuple[dict[str, tuple[Tensor, Tensor]], int]:
+    """Do what `measure_statistics` does, over this many training batches of each rank, or all of an epoch."""
+    index = count()
+    with training_pass(trainer, batches) as given:
+        return measure_statistics(module, norms, given, lambda batch: evaluate_batch(trainer, module, batch, next(index)))
+
+
+def write_statistics(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
+    """Let a layer evaluate with this mean and variance."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    with torch.no_grad():
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance)
 
 
 def _of_nothing(norm: _BatchNorm) -> Moments:

@@ -1,0 +1,5 @@
+"""Metrics, in the manner of torchmetrics."""
+
+from lightning_tricks.ensembling._measures import EnsembleMeasures
+
+__all__ = ["EnsembleMeasures"]
