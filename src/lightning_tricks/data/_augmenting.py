@@ -128,10 +128,7 @@ def _moved(images: Tensor, pending: Sequence[tuple[Geometric, Tensor]]) -> Tenso
 
 def _changed(images: Tensor, transform: Photometric, key: Tensor) -> Tensor:
     numbers = uniforms(key, len(images), transform.draws + 1, images.device)
-    changed = transform.change(images, numbers[:, 1:], key)
-    if transform.probability == 1:
-        return changed
-    return torch.where(for_each(images, numbers[:, 0] < transform.probability), changed, images)
+    return transform.change(images, numbers[:, 1:], numbers[:, 0] < transform.probability, key)
 
 
 def _called(function: Callable[[Tensor], Tensor], images: Tensor, key: int) -> Tensor:

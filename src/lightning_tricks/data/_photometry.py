@@ -77,20 +77,21 @@ class ColorJitter(Photometric):
         return self.probability == 0 or self.brightness == self.contrast == self.saturation == self.hue == 0
 
     @override
-    def change(self, images: Tensor, numbers: Tensor, key: Tensor) -> Tensor:
+    def change(self, images: Tensor, numbers: Tensor, chosen: Tensor, key: Tensor) -> Tensor:
         channels = images.shape[1]
         if channels not in {1, 3} and (self.contrast or self.saturation or self.hue):
             msg = f"{self!r} needs images of 1 or 3 channels, for grey values and colours, got {channels}. Change `brightness` alone."
             raise TrickError(msg)
+        changed = images.clone()
         if self.brightness:
-            images = adjust_brightness(images, _factors(numbers[:, 0], self.brightness))
+            adjust_brightness_(changed, _factors(numbers[:, 0], self.brightness))
         if self.contrast:
-            images = adjust_contrast(images, _factors(numbers[:, 1], self.contrast))
+            adjust_contrast_(changed, _factors(numbers[:, 1], self.contrast))
         if self.saturation and channels == 3:
-            images = adjust_saturation(images, _factors(numbers[:, 2], self.saturation))
+            adjust_saturation_(changed, _factors(numbers[:, 2], self.saturation))
         if self.hue and channels == 3:
-            images = adjust_hue(images, (2 * numbers[:, 3] - 1) * self.hue)
-        return images
+            changed = adjust_hue(changed, (2 * numbers[:, 3] - 1) * self.hue)
+        return changed if self.probability == 1 else torch.where(for_each(images, chosen), changed, images)
 
 
 @dataclass(frozen=True, repr=False)
@@ -129,10 +130,10 @@ class Noise(Photometric):
         return self.probability == 0 or self.std == 0
 
     @override
-    def change(self, images: Tensor, numbers: Tensor, key: Tensor) -> Tensor:
+    def change(self, images: Tensor, numbers: Tensor, chosen: Tensor, key: Tensor) -> Tensor:
         std = torch.full((), self.std, dtype=torch.float64)
         noise: Tensor = normal(key, std, images.shape, images.dtype, images.device)
-        return images + noise
+        return torch.addcmul(images, noise, for_each(images, chosen.to(images.dtype)))
 
 
 @dataclass(frozen=True, repr=False)
@@ -172,9 +173,9 @@ class Cutout(Photometric):
         self._check("fill", "(-∞, ∞)")
 
     @override
-    def change(self, images: Tensor, numbers: Tensor, key: Tensor) -> Tensor:
+    def change(self, images: Tensor, numbers: Tensor, chosen: Tensor, key: Tensor) -> Tensor:
         top, left = ((numbers[:, i] * images.shape[2 + i]).floor() - self.size // 2 for i in range(2))
-        return filled(images, (top, left, top + self.size, left + self.size), self.fill)
+        return filled(images, (top, left, top + self.size, left + self.size), chosen, self.fill)
 
 
 @dataclass(frozen=True, repr=False)
@@ -220,34 +221,34 @@ class Erasing(Photometric):
         self._check("fill", "(-∞, ∞)")
 
     @override
-    def change(self, images: Tensor, numbers: Tensor, key: Tensor) -> Tensor:
+    def change(self, images: Tensor, numbers: Tensor, chosen: Tensor, key: Tensor) -> Tensor:
         height, width = boxes(numbers, (images.shape[2], images.shape[3]), self.scale, self.ratio)
         top, left = ((numbers[:, i] * (images.shape[i] - each + 1)).floor() for i, each in ((-2, height), (-1, width)))
-        return filled(images, (top, left, top + height, left + width), self.fill)
+        return filled(images, (top, left, top + height, left + width), chosen, self.fill)
 
 
-def filled(images: Tensor, box: tuple[Tensor, Tensor, Tensor, Tensor], fill: float) -> Tensor:
-    """Put a value in a box of each image: top, left, bottom, right."""
+def filled(images: Tensor, box: tuple[Tensor, Tensor, Tensor, Tensor], chosen: Tensor, fill: float) -> Tensor:
+    """Put a value in a box of each chosen image: top, left, bottom, right."""
     y, x = (torch.arange(side, device=images.device) for side in images.shape[2:])
     top, left, bottom, right = (edge[:, None] for edge in box)
-    rows, columns = (y >= top) & (y < bottom), (x >= left) & (x < right)
+    rows, columns = (y >= top) & (y < bottom) & chosen[:, None], (x >= left) & (x < right)
     value = round(255 * min(max(fill, 0), 1)) if images.dtype == torch.uint8 else fill
     return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], value)
 
 
-def adjust_brightness(images: Tensor, factors: Tensor) -> Tensor:
+def adjust_brightness_(images: Tensor, factors: Tensor) -> None:
     """Multiply images by factors."""
-    return (images * for_each(images, factors)).clamp_(0, 1)
+    images.mul_(for_each(images, factors)).clamp_(0, 1)
 
 
-def adjust_contrast(images: Tensor, factors: Tensor) -> Tensor:
+def adjust_contrast_(images: Tensor, factors: Tensor) -> None:
     """Move values away from the mean grey value of their image, or towards it."""
-    return _blended(images, _grey(images).mean(dim=(2, 3), keepdim=True), factors)
+    _blend_(images, _grey(images).mean(dim=(2, 3), keepdim=True), factors)
 
 
-def adjust_saturation(images: Tensor, factors: Tensor) -> Tensor:
+def adjust_saturation_(images: Tensor, factors: Tensor) -> None:
     """Move values away from the grey value of their pixel, or towards it."""
-    return _blended(images, _grey(images), factors)
+    _blend_(images, _grey(images), factors)
 
 
 def adjust_hue(images: Tensor, shares: Tensor) -> Tensor:
@@ -257,20 +258,16 @@ def adjust_hue(images: Tensor, shares: Tensor) -> Tensor:
     ``v − c·max(0, min(k, 4 − k, 1))`` with ``k = (n_i + h) mod 6`` and n = 5, 3, 1.
     """
     red, green, blue = images.unbind(1)
-    value, _ = images.max(dim=1)
+    value = images.amax(dim=1)
     chroma = value - images.amin(dim=1)
     divisor = torch.where(chroma > 0, chroma, 1.0)
-    hue = torch.where(
-        value == red,
-        (green - blue) / divisor,
-        torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
-    )
-    hue = hue + 6 * shares.to(images.dtype)[:, None, None]
+    hue = torch.where(value == green, (blue - red).div_(divisor).add_(2), (red - green).div_(divisor).add_(4))
+    hue = torch.where(value == red, (green - blue).div_(divisor), hue).add_(6 * shares.to(images.dtype)[:, None, None])
     channels = []
     for offset in (5, 3, 1):
-        place = (hue + offset) % 6
-        channels.append(value - chroma * torch.minimum(place, 4 - place).clamp_(0, 1))
-    return torch.stack(channels, dim=1).clamp_(0, 1)
+        place = (hue + offset).remainder_(6)
+        channels.append(value - torch.minimum(place, 4 - place).clamp_(0, 1).mul_(chroma))
+    return torch.stack(channels, dim=1)
 
 
 def _factors(numbers: Tensor, strength: float) -> Tensor:
@@ -279,11 +276,14 @@ def _factors(numbers: Tensor, strength: float) -> Tensor:
 
 
 def _grey(images: Tensor) -> Tensor:
+    """Return grey values, which may be the images themselves."""
     if images.shape[1] == 1:
         return images
     red, green, blue = images.unbind(1)
-    return (0.2989 * red + 0.587 * green + 0.114 * blue)[:, None]
+    return (0.2989 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114)[:, None]
 
 
-def _blended(images: Tensor, others: Tensor, factors: Tensor) -> Tensor:
-    return torch.lerp(others, images, for_each(images, factors)).clamp_(0, 1)
+def _blend_(images: Tensor, others: Tensor, factors: Tensor) -> None:
+    f = for_each(images, factors)
+    rest = (1 - f) * others
+    images.mul_(f).add_(rest).clamp_(0, 1)

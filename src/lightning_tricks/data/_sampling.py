@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import grid_sample
+from torch.nn.functional import affine_grid, grid_sample
 
 __all__ = ["Border", "Size", "sample"]
 
@@ -30,11 +30,20 @@ def sample(images: Tensor, maps: Tensor, size: Size, *, border: Border | None, e
     """
     if exact:
         return _copied(images, maps, size, border)
-    y, x = (torch.arange(count, device=maps.device) + 0.5 for count in size)
-    places = [maps[:, i, 0, None, None] * x + (maps[:, i, 1, None] * y + maps[:, i, 2, None])[:, :, None] for i in range(2)]
-    sides = (images.shape[3], images.shape[2])
-    grid = torch.stack([2 * place / side - 1 for place, side in zip(places, sides, strict=True)], dim=-1)
-    return grid_sample(images, grid.to(images.dtype), padding_mode=_PADDING[border], align_corners=False)
+    if len(images) == 0:
+        return images.new_zeros(*images.shape[:2], *size)
+    grid = affine_grid(_relative(maps, images, size).to(images.dtype), [*images.shape[:2], *size], align_corners=False)
+    return grid_sample(images, grid, padding_mode=_PADDING[border], align_corners=False)
+
+
+def _relative(maps: Tensor, images: Tensor, size: Size) -> Tensor:
+    """Return maps for coordinates that are −1 and 1 at the edges of images, with ``(N, 2, 3)``."""
+    (height, width), rows = size, []
+    for i, side in enumerate((images.shape[3], images.shape[2])):
+        by_x, by_y, shift = maps[:, i].unbind(1)
+        by_x, by_y = by_x * (width / side), by_y * (height / side)
+        rows.append(torch.stack([by_x, by_y, by_x + by_y + shift * (2 / side) - 1], dim=1))
+    return torch.stack(rows, dim=1)
 
 
 def _copied(images: Tensor, maps: Tensor, size: Size, border: Border | None) -> Tensor:

@@ -81,12 +81,13 @@ class Photometric(Transform):
     """Whether it can change bytes as they are."""
 
     @abstractmethod
-    def change(self, images: Tensor, numbers: Tensor, key: Tensor) -> Tensor:
-        """Return changed images, as if all were chosen.
+    def change(self, images: Tensor, numbers: Tensor, chosen: Tensor, key: Tensor) -> Tensor:
+        """Return new images.
 
         Args:
             images: ``(N, C, H, W)``; bytes divided by 255, unless it can change bytes as they are.
             numbers: ``(N, draws)``, in [0, 1).
+            chosen: ``(N,)``, which images are changed.
             key: What further random numbers may follow from.
         """
 
@@ -99,12 +100,12 @@ def for_each(images: Tensor, values: Tensor) -> Tensor:
 def as_floats(images: Tensor) -> Tensor:
     """Return images in at least single precision, bytes divided by 255."""
     if images.dtype == torch.uint8:
-        return images.to(torch.float32) / 255
+        return images.to(torch.float32).div_(255)
     return images.to(torch.promote_types(images.dtype, torch.float32))
 
 
 def as_given(images: Tensor, dtype: torch.dtype) -> Tensor:
     """Return images in the precision they came in; bytes are rounded."""
     if dtype == torch.uint8 and images.dtype != torch.uint8:
-        images = (images * 255).round().clamp(0, 255)
+        images = (images * 255).round_().clamp_(0, 255)
     return images.to(dtype)
