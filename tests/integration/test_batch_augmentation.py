@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import lightning.pytorch as pl
@@ -200,6 +201,26 @@ def test_transforms_of_torchvision_are_taken_as_they_are():
     flipped = module.seen["train"][0][0]
     assert (flipped == IMAGES[:8].flip(-1)).float().mean() > 0.6
     assert (flipped == 0).any()
+
+
+@pytest.mark.full
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of jsonargparse, called by Lightning
+def test_yaml_names_transforms_of_ours_and_of_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", sys.argv[:1])
+    from lightning.pytorch.cli import LightningCLI
+
+    listed = [
+        {"class_path": "torchvision.transforms.v2.RandomHorizontalFlip", "init_args": {"p": 0.3}},
+        {"class_path": "lightning_tricks.transforms.ResizedCrop", "init_args": {"scale": [0.2, 1], "size": [3, 4]}},
+    ]
+    callback = {"class_path": "lightning_tricks.BatchAugmentation", "init_args": {"transforms": listed}}
+    config, made = {"trainer": {"callbacks": [callback], "logger": False, "accelerator": "cpu"}}, []
+    for _ in range(2):
+        cli = LightningCLI(Sees, args=config, run=False, save_config_callback=None, seed_everything_default=False)
+        made += [repr(each) for each in cli.trainer.callbacks if isinstance(each, lt.BatchAugmentation)]
+        (tmp_path / "config.yaml").write_text(cli.parser.dump(cli.config))
+        config = ["--config", str(tmp_path / "config.yaml")]
+    assert made == ["BatchAugmentation(transforms=(RandomHorizontalFlip(p=0.3), ResizedCrop(scale=(0.2, 1.0), size=(3, 4))))"] * 2
 
 
 # With others

@@ -16,7 +16,7 @@ from lightning_tricks.errors import ArgumentError, TrickError
 
 __all__ = ["Augmentation", "are_images", "augment", "check_transforms", "transformed"]
 
-Augmentation = Transform | Callable[[Tensor], Tensor]
+Augmentation = Transform | Callable[[Any], Any]  # from and to tensors; LightningCLI would refuse callables that do not say so
 
 
 def augment(images: Tensor, transforms: Augmentation | Sequence[Augmentation], *, seed: int | Tensor = 0) -> Tensor:

@@ -8,7 +8,7 @@ Source: A. Krizhevsky, I. Sutskever and G. E. Hinton, "ImageNet Classification w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_tricks._core.lightning import STEP_OUTPUT, LightningModule, Trainer, callbacks_of, logs_now, override
 from lightning_tricks._core.loaders import place_in_pass
-from lightning_tricks.data._augmenting import are_images, check_transforms, transformed
+from lightning_tricks.data._augmenting import Augmentation, are_images, check_transforms, transformed
 from lightning_tricks.data._batches import BatchTrick, describe, find, replaced
 from lightning_tricks.data._photometry import ColorJitter
 from lightning_tricks.data._statistics import check_item
@@ -67,7 +67,7 @@ class BatchAugmentation(BatchTrick):
 
     def __init__(
         self,
-        transforms: Transform | Callable[[Tensor], Tensor] | Sequence[Transform | Callable[[Tensor], Tensor]],
+        transforms: Sequence[Augmentation] | Augmentation,
         *,
         item: int | str | None = None,
         name: str | None = None,
