@@ -2,12 +2,13 @@
 
 from importlib.metadata import version
 
-from lightning_tricks import errors, functional, metrics, nn, optim, schedules
+from lightning_tricks import errors, functional, metrics, nn, optim, schedules, transforms
 from lightning_tricks._loading import load_from_checkpoint
 from lightning_tricks.averaging._ema import EMA
 from lightning_tricks.averaging._latest_weight_averaging import LatestWeightAveraging
 from lightning_tricks.averaging._polyak_averaging import PolyakAveraging
 from lightning_tricks.averaging._post_hoc_ema import PostHocEMA
+from lightning_tricks.data._batch_augmentation import BatchAugmentation
 from lightning_tricks.data._input_standardization import InputStandardization
 from lightning_tricks.data._target_standardization import TargetStandardization
 from lightning_tricks.ensembling._checkpoint_ensemble import CheckpointEnsemble
@@ -30,6 +31,7 @@ from lightning_tricks.stochastic._stochastic_depth import StochasticDepth
 __all__ = [
     "EMA",
     "ActivationSwap",
+    "BatchAugmentation",
     "BatchNormFreeze",
     "BatchNormRefresh",
     "CheckpointEnsemble",
@@ -57,6 +59,7 @@ __all__ = [
     "nn",
     "optim",
     "schedules",
+    "transforms",
 ]
 
 __version__ = version("lightning-tricks")

@@ -6,6 +6,7 @@ from lightning_tricks.averaging._export import averaged_state_dict
 from lightning_tricks.averaging._power_ema import power_ema_decay, power_ema_gamma, power_ema_sigma_rel
 from lightning_tricks.averaging._snapshots import synthesize_ema
 from lightning_tricks.averaging._soup import Soup, greedy_soup, uniform_soup
+from lightning_tricks.data._augmenting import augment
 from lightning_tricks.data._input_standardization import standardize_inputs
 from lightning_tricks.data._standardizer import remove_standardization
 from lightning_tricks.data._statistics import StandardizationStatistics, standardization_statistics, whitening_matrix
@@ -45,6 +46,7 @@ __all__ = [
     "apply_stochastic_depth",
     "apply_weight_normalization",
     "apply_weight_standardization",
+    "augment",
     "averaged_state_dict",
     "brier_score",
     "combine_predictions",

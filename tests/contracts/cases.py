@@ -9,7 +9,7 @@ import torch
 
 import lightning_tricks as lt
 from contracts.harness import Net, PoolNet, ResidualNet
-from lightning_tricks import optim, schedules
+from lightning_tricks import optim, schedules, transforms
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -692,5 +692,24 @@ CASES = [
         ),
         nothing_matched=(({"target": "bdy"}, "`target='bdy'` names no module of Net, whose modules are 'body', 'body.0'"),),
         skips=ENSEMBLE_SKIPS,
+    ),
+    Case(
+        lt.BatchAugmentation,
+        acting={"transforms": [transforms.Crop(padding=2), transforms.Rotation(20)]},
+        neutral={"transforms": [transforms.Crop(), transforms.ColorJitter(), transforms.Flip(probability=0)]},
+        wrong=(
+            ({"transforms": "flip"}, "`transforms` must be transforms such as `transforms.Flip()`, or callables"),
+            ({"transforms": [transforms.Flip]}, "got [<class"),
+            ({"transforms": None}, "got None"),
+            ({"transforms": transforms.Flip(), "item": 0.5}, "`item` must be an index or a key in a batch"),
+            ({"transforms": transforms.Flip(), "name": "two words"}, "`name` must be a word"),
+        ),
+        skips={
+            "lends": "what training sees of images changes the weights themselves, and evaluations see what was trained",
+            "ranks alike": "ranks draw for their images independently of each other, so that two do not train as one",
+            "pooled": "statistics of normalization layers are left to training",
+            "tensor parallel": "the model of that check takes no images",
+            "remove": "a callback that changes no module has nothing to remove",
+        },
     ),
 ]

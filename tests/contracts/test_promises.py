@@ -274,7 +274,10 @@ def test_compiles_to_the_same_numbers_without_recompiling(case: Case):
 
 def as_config(value: object, key: str) -> object:
     """Write a recipe or schedule as YAML would: under LightningCLI's or Hydra's key for its class, with every argument."""
-    home = next((home for home in (lt.optim, lt.schedules) if getattr(home, type(value).__name__, None) is type(value)), None)
+    if isinstance(value, list) and not all(isinstance(each, str) for each in value):
+        return [as_config(each, key) for each in value]
+    homes = (lt.optim, lt.schedules, lt.transforms)
+    home = next((home for home in homes if getattr(home, type(value).__name__, None) is type(value)), None)
     if home is None:
         return value
     arguments = {each.name: getattr(value, each.name) for each in fields(value)}
@@ -285,7 +288,7 @@ def as_config(value: object, key: str) -> object:
 @each
 def test_repr_evaluates_back(case: Case):
     trick = case.make(name="slow")
-    names = {case.trick.__name__: case.trick, **vars(lt.optim), **vars(lt.schedules)}
+    names = {case.trick.__name__: case.trick, **vars(lt.optim), **vars(lt.schedules), **vars(lt.transforms)}
     again = eval(repr(trick), names)  # noqa: S307
     assert again.arguments == trick.arguments
     assert repr(again) == repr(trick)
@@ -337,6 +340,8 @@ def test_hydra_instantiates_it_with_lists(case: Case):
 
     lists = {"exclude": ["head", "*.bias"]} if "exclude" in case.make().arguments else {}
     acting = {name: as_config(value, "_target_") for name, value in case.acting.items()}
+    if any(isinstance(each, dict) for value in acting.values() if isinstance(value, list) for each in value):
+        acting["_convert_"] = "all"  # or Hydra would make configurations again of the objects in lists
     config = OmegaConf.create({"_target_": f"lightning_tricks.{case.trick.__name__}", **acting, **lists})
     assert instantiate(config).arguments == case.make(**lists).arguments
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import lightning_tricks as lt
-from lightning_tricks import errors, functional, metrics, optim, schedules
+from lightning_tricks import errors, functional, metrics, optim, schedules, transforms
 from lightning_tricks import nn as tricks_nn
 
 trainer = L.Trainer(
@@ -74,6 +74,23 @@ lt.FastGeometricEnsemble(6, start="80%", cycle="2 epochs", lr=(0.05, 0.01), targ
 lt.FastGeometricEnsemble(schedule=None, combine="vote", class_dim=1, evaluate="members", measure=False, item="labels", memory="disk")
 lt.CheckpointEnsemble(3, monitor="val_acc", mode="max", every="500 steps", output="probabilities", dirpath="members", name="best")
 latest: nn.Module = lt.CheckpointEnsemble().to_ensemble()[0]
+lt.BatchAugmentation(transforms.Flip("vertical", probability=0.3))
+lt.BatchAugmentation(
+    [
+        transforms.Crop(4, size=(28, 32), border="mirror", probability=0.9),
+        transforms.ResizedCrop((0.2, 1), ratio=[0.5, 2], size=224),
+        transforms.Rotation(15, border="edge"),
+        transforms.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1),
+        transforms.Noise(0.1),
+        transforms.Cutout(8, fill=0.5),
+        transforms.Erasing((0.1, 0.2), ratio=(0.5, 2), fill=1),
+        nn.Identity(),
+        lambda images: images.flip(-1),
+    ],
+    item="image",
+    name="slow",
+)
+augmented: torch.Tensor = functional.augment(torch.rand(2, 3, 8, 8), [transforms.Flip(), torch.sigmoid], seed=3)
 lt.FeatureNoise(0.1, where="body")
 lt.FeatureNoise(schedules.Linear(0.3, final=0.0), where=["body.*"], exclude="head", kind="additive", relative=True, at="input", name="slow")
 lt.DropBlock(schedules.Linear(0.0, final=0.1), block_size=5, where="layer4", exclude=["*.bn1"], per="sample", name="slow")
@@ -218,6 +235,11 @@ lt.PostHocEMA(sigma_rel=0.1)  # type: ignore[arg-type]
 lt.StochasticDepth(0.1, mode="row")  # type: ignore[arg-type]
 lt.NormSwap("batch", "grp")  # type: ignore[arg-type]
 lt.NormSwap("batch", "group", 16)  # type: ignore[call-arg, arg-type]
+lt.BatchAugmentation("flip")  # type: ignore[arg-type]
+lt.BatchAugmentation(transforms.Flip(), 0)  # type: ignore[call-arg]
+transforms.Flip("left")  # type: ignore[arg-type]
+transforms.Flip("vertical", 0.5)  # type: ignore[call-arg]
+transforms.ColorJitter(0.4)  # type: ignore[call-arg]
 lt.FeatureNoise(0.1)  # type: ignore[call-arg]
 lt.FeatureNoise(0.1, where="body", kind="uniform")  # type: ignore[arg-type]
 lt.DropBlock(0.1, 7, where="body")  # type: ignore[call-arg]

@@ -12,9 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_tricks import errors, functional
 from lightning_tricks._core.draws import mix
+from lightning_tricks._core.generators import bernoulli, normal
 from lightning_tricks._core.surgery import stand_ins
 from lightning_tricks.stochastic._drawing import Drawing
-from lightning_tricks.stochastic._generators import bernoulli, normal
 
 TRICKS = {
     "feature_noise": {"std": 0.3, "where": "1"},

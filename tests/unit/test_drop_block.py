@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from lightning_tricks import errors
+from lightning_tricks._core.generators import bernoulli
 from lightning_tricks._core.surgery import stand_ins
 from lightning_tricks.functional import apply_drop_block
 from lightning_tricks.stochastic._drawing import Drawing
 from lightning_tricks.stochastic._drop_block import grow, seed_rate
-from lightning_tricks.stochastic._generators import bernoulli
 from reference import drop_block as reference
 
 

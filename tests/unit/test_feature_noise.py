@@ -9,10 +9,10 @@ from torch import Tensor, nn
 import lightning_tricks as lt
 from contracts.harness import Net, fit
 from lightning_tricks import errors, schedules
+from lightning_tricks._core.generators import normal
 from lightning_tricks._core.surgery import stand_ins
 from lightning_tricks.functional import apply_feature_noise
 from lightning_tricks.stochastic._drawing import Drawing
-from lightning_tricks.stochastic._generators import normal
 from reference import feature_noise as reference
 
 

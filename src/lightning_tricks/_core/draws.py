@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["Clock", "fold", "mix", "order_of_rows", "tick", "uniform"]
+__all__ = ["Clock", "fold", "mix", "order_of_rows", "tick", "uniform", "uniforms"]
 
 _MASK = 0xFFFFFFFF
 _Int = TypeVar("_Int", int, Tensor)
@@ -36,6 +36,13 @@ def fold(*values: int) -> int:
 def uniform(key: _Int) -> _Int | float:
     """Return the number in [0, 1) that belongs to a key."""
     return mix(key + 0x85EBCA6B) / 2**32
+
+
+def uniforms(key: int | Tensor, rows: int, columns: int, device: torch.device) -> Tensor:
+    """Return a table of numbers in [0, 1), multiples of 2⁻²⁴, that belongs to a key; what a row holds does not depend on other rows."""
+    row, column = (torch.arange(1, count + 1, device=device) for count in (rows, columns))
+    bits = mix(mix(mix(row) ^ key)[:, None] + column * 0x9E3779B9)
+    return (bits >> 8).to(torch.float32) / 2**24
 
 
 def order_of_rows(key: int | Tensor, count: int, device: torch.device) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from contextvars import ContextVar
 from copy import copy
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,9 @@ from lightning_tricks._core.strategies import through_wrapper
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-__all__ = ["evaluate_batch", "move_batch", "training_pass", "untouched", "untouched_generators"]
+__all__ = ["evaluate_batch", "move_batch", "place_in_pass", "training_pass", "untouched", "untouched_generators"]
+
+_PLACE: ContextVar[int] = ContextVar("place", default=0)
 
 
 @contextmanager
@@ -70,9 +73,21 @@ def training_pass(trainer: Trainer, batches: int | None) -> Iterator[Iterator[An
     try:
         trainer.training = True  # hooks that move batches may ask
         with untouched(loader.flattened):
-            yield (batch for batch, *_ in islice(iter(copy(loader)), None if limit == float("inf") else int(limit)))
+            yield _counted(islice(iter(copy(loader)), None if limit == float("inf") else int(limit)))
     finally:
+        _PLACE.set(0)
         trainer.state.stage = stage
+
+
+def _counted(batches: Iterable[Any]) -> Iterator[Any]:
+    for place, (batch, *_) in enumerate(batches, start=1):
+        _PLACE.set(place)
+        yield batch
+
+
+def place_in_pass() -> int:
+    """Return the place, from 1 on, of the batch at hand in an additional pass over training data, and 0 in training itself."""
+    return _PLACE.get()
 
 
 def move_batch(trainer: Trainer, module: LightningModule, batch: Any) -> Any:

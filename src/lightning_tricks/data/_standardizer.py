@@ -7,7 +7,6 @@ and exported programs have it, and validation and prediction cannot go without.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from copy import copy
 from functools import partial
 from inspect import Signature, signature
 from types import CodeType
@@ -18,10 +17,11 @@ from torch import Tensor, nn
 
 from lightning_tricks._core.strategies import plain_name, unwrapped
 from lightning_tricks._core.surgery import StandIn, stand_ins, stand_ins_of
+from lightning_tricks.data._batches import with_item
 from lightning_tricks.data._statistics import Per, StandardizationStatistics, Whitening, whitening_matrix
 from lightning_tricks.errors import NothingMatchedError, TrickConflictError, TrickError
 
-__all__ = ["InputStandardizer", "OutputStandardizer", "Standardizer", "attach", "remove_standardization", "submodule", "with_item"]
+__all__ = ["InputStandardizer", "OutputStandardizer", "Standardizer", "attach", "remove_standardization", "submodule"]
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -301,14 +301,3 @@ def submodule(model: nn.Module, name: str, *, trick: str) -> nn.Module:
     names = ", ".join(repr(own) for own, _ in model.named_children())
     msg = f"{trick} found no module: `module={name!r}` is none of {type(model).__name__}'s. Its children are {names or 'none'}."
     raise NothingMatchedError(msg)
-
-
-def with_item(values: Any, place: Any, value: Any) -> Any:
-    """Return a tuple, list or mapping with another value at a place."""
-    if isinstance(values, tuple):
-        items = [*values]
-        items[place] = value
-        return type(values)(*items) if hasattr(values, "_fields") else type(values)(items)
-    changed = copy(values)
-    changed[place] = value
-    return changed

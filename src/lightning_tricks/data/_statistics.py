@@ -10,18 +10,18 @@ Research, 1997, for whitening by ZCA.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, distributed
-from torch.utils._pytree import tree_leaves
 
 from lightning_tricks._core.checks import check_bool, check_choice, check_count, check_in_interval
 from lightning_tricks._core.loaders import untouched
 from lightning_tricks._core.moments import Moments
+from lightning_tricks.data._batches import describe, find
 from lightning_tricks.errors import ArgumentError
 
 __all__ = [
@@ -187,19 +187,12 @@ def tensor_in(batch: Any, item: int | str | None) -> Tensor:
     Raises:
         ArgumentError: If there is no tensor of floating-point numbers.
     """
-    found: Any
-    try:
-        found = next(leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)) if item is None else batch[item]
-    except (StopIteration, LookupError, TypeError):
-        found = None
-    if isinstance(found, Tensor) and found.is_floating_point() and not (isinstance(batch, Tensor) and item is not None):
+    found = find(batch, item)
+    if isinstance(found, Tensor) and found.is_floating_point():
         return found
-    keys = f" with keys {', '.join(map(repr, batch))}" if isinstance(batch, Mapping) else ""
-    count = f" of {len(batch)}" if isinstance(batch, Sequence) else ""
-    what = f"a tensor of {found.dtype}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
     msg = (
-        f"What is standardized must be a tensor of floating-point numbers, and `item={item!r}` is {what} in a {type(batch).__name__}"
-        f"{count}{keys}. Give its index or key by `item`, and convert it before the model's step."
+        f"What is standardized must be a tensor of floating-point numbers, and {describe(batch, item)}. Give its index or key by `item`, "
+        "and convert it before the model's step."
     )
     raise ArgumentError(msg)
 

@@ -18,7 +18,8 @@ from torch import nn
 
 from lightning_tricks._core.checks import check_bool, check_in_interval, check_name
 from lightning_tricks._core.lightning import STEP_OUTPUT, LightningModule, Trainer, override
-from lightning_tricks.data._standardizer import OutputStandardizer, attach, submodule, with_item
+from lightning_tricks.data._batches import with_item
+from lightning_tricks.data._standardizer import OutputStandardizer, attach, submodule
 from lightning_tricks.data._standardizing import StandardizingTrick, child_name
 from lightning_tricks.data._statistics import Per, StandardizationStatistics, tensor_in
 from lightning_tricks.errors import ArgumentError, TrickError

@@ -17,12 +17,12 @@ from torch.nn.functional import pad
 
 from lightning_tricks._core.checks import check_choice, check_count, check_in_interval, check_patterns, check_seed
 from lightning_tricks._core.draws import Clock
+from lightning_tricks._core.generators import bernoulli
 from lightning_tricks._core.lightning import LightningModule, override
 from lightning_tricks._core.schedule import Schedule, check_varying
 from lightning_tricks._core.selection import select_modules
 from lightning_tricks.errors import TrickError
 from lightning_tricks.stochastic._drawing import Changed, Drawing, DrawingTrick, apply_drawings, remove_drawings
-from lightning_tricks.stochastic._generators import bernoulli
 
 __all__ = ["DropBlock", "apply_drop_block", "remove_drop_block"]
 

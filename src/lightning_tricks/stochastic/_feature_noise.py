@@ -19,12 +19,12 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_tricks._core.checks import check_bool, check_choice, check_in_interval, check_patterns, check_seed
 from lightning_tricks._core.draws import Clock
+from lightning_tricks._core.generators import normal
 from lightning_tricks._core.lightning import LightningModule, override
 from lightning_tricks._core.schedule import Schedule, check_varying
 from lightning_tricks._core.selection import select_modules
 from lightning_tricks.errors import ArgumentError, TrickError
 from lightning_tricks.stochastic._drawing import Changed, Drawing, DrawingTrick, apply_drawings, remove_drawings
-from lightning_tricks.stochastic._generators import normal
 
 __all__ = ["FeatureNoise", "apply_feature_noise", "remove_feature_noise"]
 
