@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -143,7 +144,8 @@ def main() -> None:
     spent = costs(names, arguments.members, arguments.repeats, arguments.warmup)
     show("Gain", gain, gained)
     show("Cost of a prediction", cost, spent)
-    circumstances = environment("python benchmarks/snapshot_ensemble.py", "torch", "lightning", "lightning-tricks", device="cpu")
+    command = " ".join(["python benchmarks/snapshot_ensemble.py", *sys.argv[1:]])
+    circumstances = environment(command, "torch", "lightning", "lightning-tricks", device="cpu")
     note = f"Means of {seeds} seeds, {epochs} epochs on {TRAINED} digits of which {WRONG} have labels drawn at random; medians of CPU time."
     body = [markdown(gain, gained), markdown(cost, spent), note]
     write(arguments.output, "Snapshot ensembles", circumstances, {"gain": gained, "cost": spent}, body)

@@ -267,7 +267,7 @@ recipe.lr = 0.1  # type: ignore[attr-defined]
 tricks_nn.GhostBatchNorm2d(8, 16, 1e-3)  # type: ignore[call-arg]
 functional.insert_norm(model, "spectral")  # type: ignore[arg-type]
 functional.remove_weight_normalization(model, keep="both")  # type: ignore[arg-type]
-members: nn.Module = lt.SnapshotEnsemble(schedule=None, combine="mean").to_ensemble()
+snapshots: nn.Module = lt.SnapshotEnsemble(schedule=None, combine="mean").to_ensemble()
 variance: torch.Tensor = lt.SnapshotEnsemble(refresh_batch_norm=20).uncertainty().total
 lt.SnapshotEnsemble(schedule="linear")  # type: ignore[arg-type]
 lt.SnapshotEnsemble(5, 6)  # type: ignore[call-arg]
