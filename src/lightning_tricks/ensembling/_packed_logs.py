@@ -77,7 +77,7 @@ class PackedLogs:
 
     def metrics(self, member: int) -> dict[str, float]:
         """Return what a Trainer of this member alone would have in ``callback_metrics``."""
-        found = {}
+        found: dict[str, float] = {}
         for name, series in self._series.items():
             if series.on_step and series.on_epoch:
                 found |= {f"{name}_step": series.last[member].item(), f"{name}_epoch": _value(series)[member].item()}

@@ -37,7 +37,8 @@ class TrainedEnsemble:
         mode: How the members were trained.
 
     Example:
-        >>> TrainedEnsemble(Ensemble([torch.nn.Linear(2, 1)]), ({"loss": 0.5},), (), None, "loop").metrics[0]["loss"]
+        >>> from torch import nn
+        >>> TrainedEnsemble(Ensemble([nn.Linear(2, 1)]), ({"loss": 0.5},), (), None, "loop").metrics[0]["loss"]
         0.5
     """
 
@@ -114,7 +115,9 @@ def train_ensemble(
         - L. Breiman, "Bagging Predictors", Machine Learning, 1996.
 
     Example:
-        >>> class Classifier(LightningModule):
+        >>> import lightning as L
+        >>> import torch
+        >>> class Classifier(L.LightningModule):
         ...     def __init__(self):
         ...         super().__init__()
         ...         self.net = torch.nn.Linear(4, 3)
