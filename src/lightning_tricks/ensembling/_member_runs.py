@@ -43,7 +43,7 @@ MakeTrainer = Callable[[], Trainer] | Callable[[int], Trainer] | Mapping[str, An
 
 _SHARDING = {"FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"}
 _PACKED, _PREDICTING = 0x9AC6ED, 0x00B
-_STEPS = 10  # that a trial takes
+_STEPS = 20  # that a trial takes
 
 
 class _Watched(SeededEpochs):
