@@ -145,6 +145,13 @@ measures.update(torch.zeros(3, 8, 4), torch.zeros(8, dtype=torch.long))
 measures_by_name: dict[str, torch.Tensor] = measures.compute()
 brier: torch.Tensor = functional.brier_score(torch.zeros(8, 4), torch.zeros(8), output="probabilities")
 apart: torch.Tensor = functional.disagreement(torch.zeros(3, 8, 4)) + functional.diversity(torch.zeros(3, 8, 4), class_dim=-1)
+trained: functional.TrainedEnsemble = functional.train_ensemble(
+    L.LightningModule, L.LightningDataModule(), 3, bootstrap=True, trainer=lambda member: L.Trainer(max_epochs=member), seed=3
+)
+bags: torch.Tensor | None = None if trained.out_of_bag is None else trained.out_of_bag.predictions
+member_metrics: dict[str, float] = functional.train_ensemble(
+    lambda member: L.LightningModule(), [torch.zeros(2)], trainer={"max_epochs": 2}, folder=Path("members"), mode="packed"
+).metrics[0]
 linear: nn.Linear = tricks_nn.DropConnectLinear(4, 2, rate=0.5, granularity="example", inference="gaussian", activation=nn.ReLU())
 lstm: nn.LSTM = tricks_nn.DropConnectLSTM(4, 2, batch_first=True, rate=0.5)
 share: float = functional.ema_decay(3, 0.9, warmup=10)
@@ -264,6 +271,8 @@ optim.AdamW(decayed=["weights"])  # type: ignore[list-item]
 optim.SAM("sgd")  # type: ignore[arg-type]
 optim.Lookahead(recipe, 5)  # type: ignore[call-arg]
 recipe.lr = 0.1  # type: ignore[attr-defined]
+functional.train_ensemble(L.LightningModule, [], 3, True, trainer={})  # type: ignore[call-arg]
+functional.train_ensemble(L.LightningModule, [], mode="vmap", trainer={})  # type: ignore[arg-type]
 tricks_nn.GhostBatchNorm2d(8, 16, 1e-3)  # type: ignore[call-arg]
 functional.insert_norm(model, "spectral")  # type: ignore[arg-type]
 functional.remove_weight_normalization(model, keep="both")  # type: ignore[arg-type]
