@@ -10,6 +10,8 @@ from lightning_tricks.averaging._polyak_averaging import PolyakAveraging
 from lightning_tricks.averaging._post_hoc_ema import PostHocEMA
 from lightning_tricks.data._input_standardization import InputStandardization
 from lightning_tricks.data._target_standardization import TargetStandardization
+from lightning_tricks.diagnostics._fit_diagnosis import FitDiagnosis
+from lightning_tricks.diagnostics._gradient_flow import GradientFlow
 from lightning_tricks.normalization._activation_swap import ActivationSwap
 from lightning_tricks.normalization._batch_norm_freeze import BatchNormFreeze
 from lightning_tricks.normalization._batch_norm_refresh import BatchNormRefresh
@@ -33,7 +35,9 @@ __all__ = [
     "DropConnect",
     "Dropout",
     "FeatureNoise",
+    "FitDiagnosis",
     "FractionalMaxPool",
+    "GradientFlow",
     "Initialization",
     "InputStandardization",
     "LatestWeightAveraging",

@@ -10,6 +10,8 @@ from lightning_tricks.data._input_standardization import standardize_inputs
 from lightning_tricks.data._standardizer import remove_standardization
 from lightning_tricks.data._statistics import StandardizationStatistics, standardization_statistics, whitening_matrix
 from lightning_tricks.data._target_standardization import standardize_targets
+from lightning_tricks.diagnostics._fit_verdict import FitVerdict, diagnose_fit
+from lightning_tricks.diagnostics._loss_landscape import LossLandscape, loss_landscape
 from lightning_tricks.ensembling._combining import Uncertainty, combine_predictions, decompose_uncertainty
 from lightning_tricks.normalization._activation_swap import swap_activation
 from lightning_tricks.normalization._batch_norm_fold import FoldReport, fold_batch_norm
@@ -30,7 +32,9 @@ from lightning_tricks.stochastic._mc_dropout import MCClassification, MCRegressi
 from lightning_tricks.stochastic._stochastic_depth import apply_stochastic_depth, remove_stochastic_depth
 
 __all__ = [
+    "FitVerdict",
     "FoldReport",
+    "LossLandscape",
     "MCClassification",
     "MCRegression",
     "Soup",
@@ -48,12 +52,14 @@ __all__ = [
     "combine_predictions",
     "decay_weights_",
     "decompose_uncertainty",
+    "diagnose_fit",
     "ema_decay",
     "ema_update_",
     "fold_batch_norm",
     "greedy_soup",
     "initialize",
     "insert_norm",
+    "loss_landscape",
     "make_self_normalizing",
     "mc_dropout",
     "power_ema_decay",
