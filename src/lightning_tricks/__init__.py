@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from lightning_tricks import errors, functional, nn, optim, schedules
+from lightning_tricks import diagnostics, errors, functional, nn, optim, schedules
 from lightning_tricks._loading import load_from_checkpoint
 from lightning_tricks.averaging._ema import EMA
 from lightning_tricks.averaging._latest_weight_averaging import LatestWeightAveraging
@@ -48,6 +48,7 @@ __all__ = [
     "StochasticDepth",
     "TargetStandardization",
     "WeightDecay",
+    "diagnostics",
     "errors",
     "functional",
     "load_from_checkpoint",

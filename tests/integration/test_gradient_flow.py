@@ -247,6 +247,33 @@ def test_the_heat_map_is_written_when_the_fit_ends_in_whatever_way(fails, tmp_pa
     assert flow.steps == ([1, 3, 6] if fails else [1, 3, 6, 9, 12, 15])
 
 
+@pytest.mark.full
+def test_a_quantity_that_no_layer_has_is_not_drawn_and_one_without_a_logarithm_is(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr("lightning_tricks.diagnostics._gradient_flow.rank_zero_info", told.append)
+    fit([lt.GradientFlow(heat_map="saturated")], default_root_dir=tmp_path, max_epochs=1)
+    assert told == ["GradientFlow(heat_map='saturated') has nothing to draw: no layer has a 'saturated'."]
+    assert not list(tmp_path.rglob("*.png"))
+    _heat_map.draw_heat_map(torch.tensor([[0.0, math.inf]]), ["layer"], [1, 2], "grad_norm", tmp_path / "zeros.png")
+    assert (tmp_path / "zeros.png").read_bytes().startswith(b"\x89PNG")
+
+
+class Deep(Net):
+    """Has twelve layers of sigmoids behind its features, through which no gradient comes."""
+
+    def __init__(self):
+        super().__init__()
+        layers = [layer for _ in range(12) for layer in (nn.Linear(3, 3), nn.Sigmoid())]
+        self.head = nn.Sequential(nn.Linear(8, 3), *layers, nn.Linear(3, 3))
+
+
+def test_gradients_that_vanish_in_a_deep_network_of_sigmoids_are_warned_of():
+    with pytest.warns(UserWarning, match=r"at step 2: gradients vanish in 'body.0', .* more layers: root mean square below 1e-05 of that"):
+        flow = fit([lt.GradientFlow(every=2, heat_map=False)], Deep).trick
+    strengths = flow.table("grad_norm")[[flow.layers.index(f"head.{index}") for index in (1, 11, 23, 25)], 1]
+    assert (strengths.diff() > 0).all()
+
+
 def test_a_missing_matplotlib_is_named_before_training(monkeypatch):
     def missing(name):
         raise ModuleNotFoundError(name="matplotlib")

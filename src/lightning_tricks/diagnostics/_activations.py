@@ -51,7 +51,8 @@ def activation_statistics(output: Tensor, module: nn.Module, channels: int = 1) 
     if isinstance(module, _RECTIFIERS):
         dimension = (1 if values.ndim > 3 else channels if values.ndim == 3 else -1) % max(1, values.ndim)
         others = [each for each in range(values.ndim) if each != dimension]
-        dead = (values == 0).all(dim=others).float().mean() if others else (values == 0).float().mean()
+        largest = values.amax(dim=others) if others else values  # which is zero in a dead unit, since none is negative
+        dead = (largest == 0).float().mean()
     elif isinstance(module, _SQUASHING):
         slope = 1 - values.float().square() if isinstance(module, nn.Tanh) else 4 * values.float() * (1 - values.float())
         saturated = (slope < _FLAT).float().mean()

@@ -20,7 +20,17 @@ from torch import Tensor, nn
 from lightning_tricks._core.checkpoint import read_entry, write_entry
 from lightning_tricks._core.checks import check_bool, check_choice, check_in_interval, check_patterns
 from lightning_tricks._core.clock import Duration, after_each_step, plain_duration
-from lightning_tricks._core.lightning import STEP_OUTPUT, LightningModule, Trainer, defines, logs_now, override, rank_zero_warn, wrapped
+from lightning_tricks._core.lightning import (
+    STEP_OUTPUT,
+    LightningModule,
+    Trainer,
+    defines,
+    logs_now,
+    override,
+    rank_zero_info,
+    rank_zero_warn,
+    wrapped,
+)
 from lightning_tricks._core.selection import matches, select_parameters
 from lightning_tricks._core.shards import find_shards
 from lightning_tricks._core.strategies import moved_by, plain_name, refuse_flat_parameters, refuse_strategies
@@ -109,7 +119,7 @@ class GradientFlow(Trick):
     def __init__(
         self,
         *,
-        every: int | str = 50,
+        every: int | str = 100,
         where: str | Sequence[str] = "*",
         exclude: str | Sequence[str] = (),
         activations: bool = True,
@@ -183,7 +193,7 @@ class GradientFlow(Trick):
                 raise
 
     def _select(self, module: nn.Module) -> dict[str, nn.Parameter]:
-        selected = select_parameters(module, self.where, self.exclude, trick=repr(self))
+        selected = select_parameters(module, self.where, self.exclude, trick=type(self).__name__)
         return {name: parameter for name, parameter in selected.items() if parameter.requires_grad}
 
     @override
@@ -293,8 +303,11 @@ class GradientFlow(Trick):
         self._detach()
         if not self.heat_map or not self._history.steps or not trainer.is_global_zero:
             return
-        path = self._folder / f"{self.log_prefix}.png"
-        draw_heat_map(self.table(self.heat_map), self.layers, self.steps, self.heat_map, path)
+        path, table = self._folder / f"{self.log_prefix}.png", self.table(self.heat_map)
+        if table.isnan().all():
+            rank_zero_info(f"{self!r} has nothing to draw: no layer has a {self.heat_map!r}.")
+            return
+        draw_heat_map(table, self.layers, self.steps, self.heat_map, path)
         for logger in trainer.loggers:
             if hasattr(logger, "log_image"):  # W&B's, and others that follow it
                 logger.log_image(f"{self.log_prefix}/{self.heat_map}", [str(path)])

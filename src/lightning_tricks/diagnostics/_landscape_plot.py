@@ -33,7 +33,7 @@ def draw_landscapes(landscapes: Mapping[str, tuple[Tensor, Tensor]], path: Path)
     if flat:
         _curves(axes[0], landscapes)
     else:
-        figure.colorbar(_planes(axes, landscapes), ax=list(axes), label="log10 of loss")
+        figure.colorbar(_planes(axes, landscapes), ax=list(axes), label="log10 of loss", format="%.3g")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")
 
@@ -50,7 +50,7 @@ def _planes(axes: Any, landscapes: Mapping[str, tuple[Tensor, Tensor]]) -> Any:
     """Draw levels of the logarithm of the loss, the same ones in all panels, and return one of them for the scale."""
     heights = {name: losses.clamp(min=1e-12).log10() for name, (_, losses) in landscapes.items()}
     finite = torch.cat([height[height.isfinite()] for height in heights.values()])
-    low, high = float(finite.min()), float(finite.max())
+    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
     levels = torch.linspace(low, max(high, low + 1e-6), _LEVELS).numpy()
     drawn = None
     for panel, (name, (steps, _)) in zip(axes, landscapes.items(), strict=True):
