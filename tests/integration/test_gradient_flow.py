@@ -146,6 +146,9 @@ def test_wrappers_and_closures_evaluated_several_times_are_measured_by_their_who
     run = fit([lt.GradientFlow(every=5, **QUIET), lt.OptimizerFactory(recipe), steps])
     assert_records(run.trick, steps, [1, 5, 10, 15])
 
+    clipped = fit([lt.GradientFlow(every=5, **QUIET), lt.OptimizerFactory(lt.optim.ClipNorm(lt.optim.SGD(lr=0.1), max_norm=0.1))]).trick
+    torch.testing.assert_close(clipped.table("grad_norm").nan_to_num().norm(dim=0), torch.full((4,), 0.1), rtol=1e-4, atol=0)
+
     class Newton(Net):
         def configure_optimizers(self):
             return torch.optim.LBFGS([p for p in self.parameters() if p.requires_grad], lr=0.1, max_iter=3)

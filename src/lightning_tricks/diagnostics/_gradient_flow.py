@@ -90,8 +90,8 @@ class GradientFlow(Trick):
         UnsupportedOptimizerError: When the fit starts, if an optimizer is no ``torch.optim.Optimizer``.
 
     Note:
-        Gradients are those that the optimizer uses: accumulated, reduced over ranks, unscaled and clipped, before what wrappers of
-        `optim` make of them. A step that the gradient scaler skips is none. Each optimizer's steps are counted by themselves, and
+        Gradients are those that the optimizer uses: accumulated, reduced over ranks, unscaled, clipped, and as wrappers of `optim`
+        have changed them. A step that the gradient scaler skips is none. Each optimizer's steps are counted by themselves, and
         records bear the number of the first one's. Each thing is warned of once a fit. Values that are not finite are warned of when
         a recorded step meets them, with the first layer in the forward and in the backward pass; ``every=1`` finds the step at which
         they begin.
