@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from lightning_tricks import errors, functional, metrics, nn, optim, schedules, transforms
+from lightning_tricks import diagnostics, errors, functional, metrics, nn, optim, schedules, transforms
 from lightning_tricks._loading import load_from_checkpoint
 from lightning_tricks.averaging._ema import EMA
 from lightning_tricks.averaging._latest_weight_averaging import LatestWeightAveraging
@@ -11,6 +11,8 @@ from lightning_tricks.averaging._post_hoc_ema import PostHocEMA
 from lightning_tricks.data._batch_augmentation import BatchAugmentation
 from lightning_tricks.data._input_standardization import InputStandardization
 from lightning_tricks.data._target_standardization import TargetStandardization
+from lightning_tricks.diagnostics._fit_diagnosis import FitDiagnosis
+from lightning_tricks.diagnostics._gradient_flow import GradientFlow
 from lightning_tricks.ensembling._checkpoint_ensemble import CheckpointEnsemble
 from lightning_tricks.ensembling._fast_geometric_ensemble import FastGeometricEnsemble
 from lightning_tricks.ensembling._snapshot_ensemble import SnapshotEnsemble
@@ -40,7 +42,9 @@ __all__ = [
     "Dropout",
     "FastGeometricEnsemble",
     "FeatureNoise",
+    "FitDiagnosis",
     "FractionalMaxPool",
+    "GradientFlow",
     "Initialization",
     "InputStandardization",
     "LatestWeightAveraging",
@@ -52,6 +56,7 @@ __all__ = [
     "StochasticDepth",
     "TargetStandardization",
     "WeightDecay",
+    "diagnostics",
     "errors",
     "functional",
     "load_from_checkpoint",

@@ -11,6 +11,8 @@ from lightning_tricks.data._input_standardization import standardize_inputs
 from lightning_tricks.data._standardizer import remove_standardization
 from lightning_tricks.data._statistics import StandardizationStatistics, standardization_statistics, whitening_matrix
 from lightning_tricks.data._target_standardization import standardize_targets
+from lightning_tricks.diagnostics._fit_verdict import FitVerdict, diagnose_fit
+from lightning_tricks.diagnostics._loss_landscape import LossLandscape, loss_landscape
 from lightning_tricks.ensembling._bagging import OutOfBag
 from lightning_tricks.ensembling._combining import Uncertainty, combine_predictions, decompose_uncertainty
 from lightning_tricks.ensembling._measures import brier_score, disagreement, diversity
@@ -34,7 +36,9 @@ from lightning_tricks.stochastic._mc_dropout import MCClassification, MCRegressi
 from lightning_tricks.stochastic._stochastic_depth import apply_stochastic_depth, remove_stochastic_depth
 
 __all__ = [
+    "FitVerdict",
     "FoldReport",
+    "LossLandscape",
     "MCClassification",
     "MCRegression",
     "OutOfBag",
@@ -56,6 +60,7 @@ __all__ = [
     "combine_predictions",
     "decay_weights_",
     "decompose_uncertainty",
+    "diagnose_fit",
     "disagreement",
     "diversity",
     "ema_decay",
@@ -64,6 +69,7 @@ __all__ = [
     "greedy_soup",
     "initialize",
     "insert_norm",
+    "loss_landscape",
     "make_self_normalizing",
     "mc_dropout",
     "power_ema_decay",

@@ -6,6 +6,7 @@ from lightning_tricks.optimization._adaptive_gradient_clipping import AdaptiveGr
 from lightning_tricks.optimization._describe import describe_groups
 from lightning_tricks.optimization._gradient_centralization import GradientCentralization
 from lightning_tricks.optimization._gradient_clipping import ClipNorm, ClipValue
+from lightning_tricks.optimization._gradient_noise import GradientNoise
 from lightning_tricks.optimization._groups import ParameterGroup
 from lightning_tricks.optimization._lbfgs import LBFGS
 from lightning_tricks.optimization._lookahead import Lookahead
@@ -29,6 +30,7 @@ __all__ = [
     "ClipNorm",
     "ClipValue",
     "GradientCentralization",
+    "GradientNoise",
     "GroupedRecipe",
     "Lookahead",
     "Muon",

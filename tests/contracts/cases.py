@@ -149,6 +149,14 @@ ENSEMBLE_SKIPS = {
     "remove": "a callback that changes no module has nothing to remove",
 }
 
+WATCHING_SKIPS = {
+    "acts": "it watches training, which goes on as without it",
+    "deepspeed": "the engine updates copies of the weights by itself, so the callback refuses it",
+    "lends": "it watches training, and evaluations see what was trained",
+    "pooled": "statistics of normalization layers are left to training",
+    "remove": "a callback that changes no module has nothing to remove",
+}
+
 CASES = [
     Case(
         lt.EMA,
@@ -711,5 +719,43 @@ CASES = [
             "tensor parallel": "the model of that check takes no images",
             "remove": "a callback that changes no module has nothing to remove",
         },
+    ),
+    Case(
+        lt.GradientFlow,
+        # Other tricks, and fifteen steps on noise, do what it would warn of.
+        acting={"every": 2, "heat_map": False, "vanishing": 0.0, "exploding": 1e9, "dead": 1.0, "saturated": 1.0},
+        neutral={"heat_map": False},
+        wrong=(
+            ({"every": 0}, "`every` must be an int of optimizer steps, or a text such as '500 steps'"),
+            ({"every": "often"}, "got 'often'"),
+            ({"where": ""}, "`where` must be a glob over qualified names"),
+            ({"exclude": [None]}, "`exclude` must be a glob"),
+            ({"activations": 1}, "`activations` must be one of True, False, got 1"),
+            ({"report": "all"}, "`report` must be one of 'summary', 'layers', got 'all'"),
+            ({"heat_map": "norm"}, "`heat_map` must be one of 'grad_norm', 'weight_norm',"),
+            ({"vanishing": 1.5}, "`vanishing` must lie in [0, 1], got 1.5."),
+            ({"exploding": 0.5}, "`exploding` must lie in [1, ∞), got 0.5."),
+            ({"dead": -0.1}, "`dead` must lie in [0, 1], got -0.1."),
+            ({"saturated": "0.5"}, "`saturated` must lie in [0, 1], got '0.5'."),
+            ({"name": "two words"}, "`name` must be a word"),
+        ),
+        nothing_matched=AVERAGING_NOTHING_MATCHED,
+        skips=WATCHING_SKIPS,
+    ),
+    Case(
+        lt.FitDiagnosis,
+        acting={"patience": 1},
+        neutral={},
+        wrong=(
+            ({"train": ""}, "`train` must be the name under which the module logs a loss, such as 'val_loss', got ''."),
+            ({"val": None}, "`val` must be the name under which the module logs a loss, such as 'val_loss', got None."),
+            ({"batches": 0}, "`batches` must be a whole number of at least 1, got 0."),
+            ({"train": "loss", "batches": 2}, "two ways to the training loss, got train='loss' and batches=2. Leave one out."),
+            ({"goal": "0.1"}, "`goal` must lie in (-∞, ∞), got '0.1'."),
+            ({"patience": 0}, "`patience` must be a whole number of at least 1, got 0."),
+            ({"tolerance": -0.1}, "`tolerance` must lie in [0, ∞), got -0.1."),
+            ({"name": "two words"}, "`name` must be a word"),
+        ),
+        skips={key: reason for key, reason in WATCHING_SKIPS.items() if key != "deepspeed"},
     ),
 ]

@@ -37,6 +37,7 @@ RECIPES = {
     "ClipValue": optim.ClipValue(SGD, max_value=0.01),
     "AdaptiveGradientClipping": optim.AdaptiveGradientClipping(SGD, max_ratio=0.05, exclude="head"),
     "GradientCentralization": optim.GradientCentralization(SGD),
+    "GradientNoise": optim.GradientNoise(SGD, eta=0.001),
     "nested": optim.ClipNorm(optim.SAM(optim.Lookahead(optim.GradientCentralization(optim.AdamW(lr=0.01)), k=2))),
     "ScheduleFree": optim.ScheduleFree(SGD),
     "ScheduleFree-AdamW": optim.ScheduleFree(optim.AdamW(lr=0.01)),

@@ -39,6 +39,7 @@ RECIPES = {
     "ClipValue": optim.ClipValue(SGD, max_value=0.005),
     "AdaptiveGradientClipping": optim.AdaptiveGradientClipping(SGD, max_ratio=0.02),
     "GradientCentralization": optim.GradientCentralization(SGD),
+    "GradientNoise": optim.GradientNoise(SGD, eta=0.001),
     "nested": optim.ClipNorm(optim.SAM(optim.Lookahead(optim.AdamW(lr=0.01, weight_decay=0.1), k=2))),
     "ScheduleFree": optim.ScheduleFree(SGD),
     "ScheduleFree-AdamW": optim.ScheduleFree(optim.AdamW(lr=0.01, weight_decay=0.1)),

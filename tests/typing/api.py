@@ -91,6 +91,25 @@ lt.BatchAugmentation(
     name="slow",
 )
 augmented: torch.Tensor = functional.augment(torch.rand(2, 3, 8, 8), [transforms.Flip(), torch.sigmoid], seed=3)
+flow = lt.GradientFlow()
+lt.GradientFlow(
+    every="1 epoch",
+    where=["body.*"],
+    exclude="head",
+    activations=False,
+    report="layers",
+    heat_map="update_ratio",
+    vanishing=0.0,
+    name="slow",
+)
+lt.GradientFlow(every=10, exploding=10.0, dead=0.9, saturated=0.9, heat_map=False)
+recorded: tuple[list[str], list[int], torch.Tensor] = flow.layers, flow.steps, flow.table("grad_norm")
+diagnosis: functional.FitVerdict = lt.FitDiagnosis(train="train_loss", val="val/loss", goal=0.1, patience=2, tolerance=0.02).diagnosis
+gaps: list[float] = lt.FitDiagnosis(batches=20, name="slow").curves["gap"]
+functional.diagnose_fit([1.0, 0.5], (1.0, 0.7), goal=None, patience=1, tolerance=0.0).kind == "fitted"  # noqa: B015
+landscape: functional.LossLandscape = functional.loss_landscape(nn.Linear(1, 1), [], dimensions=2, span=0.5, points=11, batches=3, seed=1)
+lt.diagnostics.loss_landscape(nn.Linear(1, 1), [], loss=lambda model, batch: model(batch).sum(), directions=landscape.directions)
+picture: Path = landscape.plot("landscape.png", label="before", others={"after": landscape})
 lt.FeatureNoise(0.1, where="body")
 lt.FeatureNoise(schedules.Linear(0.3, final=0.0), where=["body.*"], exclude="head", kind="additive", relative=True, at="input", name="slow")
 lt.DropBlock(schedules.Linear(0.0, final=0.1), block_size=5, where="layer4", exclude=["*.bn1"], per="sample", name="slow")
@@ -214,6 +233,7 @@ wrapped: optim.OptimizerRecipe = optim.ClipNorm(optim.SAM(optim.Lookahead(recipe
 optim.ClipValue(recipe, max_value=0.5)
 optim.AdaptiveGradientClipping(recipe, max_ratio=0.02, eps=1e-3, exclude=["head"])
 optim.GradientCentralization(recipe, where="body.*")
+optim.GradientNoise(recipe, eta=0.3, gamma=0.55, seed=3)
 lt.OptimizerFactory(optim.ScheduleFree(optim.AdamW(3e-3), momentum=0.95, r=1.0, weight_lr_power=0.0))
 table: str = optim.describe_groups(model, recipe)
 sources: dict[str, str] = optim.list_recipes()

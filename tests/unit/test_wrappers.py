@@ -22,6 +22,7 @@ WRAPPERS = {
     "ClipValue": lambda recipe: optim.ClipValue(recipe, max_value=0.01),
     "AdaptiveGradientClipping": lambda recipe: optim.AdaptiveGradientClipping(recipe, max_ratio=0.1, exclude="2"),
     "GradientCentralization": optim.GradientCentralization,
+    "GradientNoise": lambda recipe: optim.GradientNoise(recipe, eta=0.1),
     "ScheduleFree": optim.ScheduleFree,
     "nested": lambda recipe: optim.ClipNorm(optim.SAM(optim.Lookahead(optim.GradientCentralization(recipe), k=2)), max_norm=1.0),
 }
