@@ -23,6 +23,7 @@ from lightning_tricks.stochastic._dropout import Dropout
 from lightning_tricks.stochastic._feature_noise import FeatureNoise
 from lightning_tricks.stochastic._fractional_max_pool import FractionalMaxPool
 from lightning_tricks.stochastic._stochastic_depth import StochasticDepth
+from lightning_tricks.transfer._fine_tuning import FineTuning
 
 __all__ = [
     "EMA",
@@ -33,6 +34,7 @@ __all__ = [
     "DropConnect",
     "Dropout",
     "FeatureNoise",
+    "FineTuning",
     "FractionalMaxPool",
     "Initialization",
     "InputStandardization",

@@ -28,9 +28,11 @@ from lightning_tricks.stochastic._feature_noise import apply_feature_noise, remo
 from lightning_tricks.stochastic._fractional_max_pool import apply_fractional_max_pool, remove_fractional_max_pool
 from lightning_tricks.stochastic._mc_dropout import MCClassification, MCRegression, mc_dropout
 from lightning_tricks.stochastic._stochastic_depth import apply_stochastic_depth, remove_stochastic_depth
+from lightning_tricks.transfer._replace_head import Head, replace_head
 
 __all__ = [
     "FoldReport",
+    "Head",
     "MCClassification",
     "MCRegression",
     "Soup",
@@ -69,6 +71,7 @@ __all__ = [
     "remove_stochastic_depth",
     "remove_weight_normalization",
     "remove_weight_standardization",
+    "replace_head",
     "standardization_statistics",
     "standardize_inputs",
     "standardize_targets",
