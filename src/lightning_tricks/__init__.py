@@ -24,6 +24,7 @@ from lightning_tricks.stochastic._feature_noise import FeatureNoise
 from lightning_tricks.stochastic._fractional_max_pool import FractionalMaxPool
 from lightning_tricks.stochastic._stochastic_depth import StochasticDepth
 from lightning_tricks.transfer._fine_tuning import FineTuning
+from lightning_tricks.transfer._linear_probe import LinearProbe
 
 __all__ = [
     "EMA",
@@ -39,6 +40,7 @@ __all__ = [
     "Initialization",
     "InputStandardization",
     "LatestWeightAveraging",
+    "LinearProbe",
     "NormSwap",
     "OptimizerFactory",
     "PolyakAveraging",

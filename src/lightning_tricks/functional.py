@@ -28,13 +28,16 @@ from lightning_tricks.stochastic._feature_noise import apply_feature_noise, remo
 from lightning_tricks.stochastic._fractional_max_pool import apply_fractional_max_pool, remove_fractional_max_pool
 from lightning_tricks.stochastic._mc_dropout import MCClassification, MCRegression, mc_dropout
 from lightning_tricks.stochastic._stochastic_depth import apply_stochastic_depth, remove_stochastic_depth
+from lightning_tricks.transfer._linear_probe import ProbeReport, linear_probe
 from lightning_tricks.transfer._replace_head import Head, replace_head
+from lightning_tricks.transfer._transfer_plan import transfer_plan
 
 __all__ = [
     "FoldReport",
     "Head",
     "MCClassification",
     "MCRegression",
+    "ProbeReport",
     "Soup",
     "StandardizationStatistics",
     "Uncertainty",
@@ -56,6 +59,7 @@ __all__ = [
     "greedy_soup",
     "initialize",
     "insert_norm",
+    "linear_probe",
     "make_self_normalizing",
     "mc_dropout",
     "power_ema_decay",
@@ -78,6 +82,7 @@ __all__ = [
     "swap_activation",
     "swap_norm",
     "synthesize_ema",
+    "transfer_plan",
     "uniform_soup",
     "using_weights",
     "whitening_matrix",

@@ -656,4 +656,33 @@ CASES = [
             "remove": "a callback that changes no module has nothing to remove",
         },
     ),
+    Case(
+        lt.LinearProbe,
+        acting={"stages": ["body", "neck"]},
+        neutral={"stages": "neck", "on": "end"},
+        wrong=(
+            ({"stages": []}, "`stages` must be a glob over qualified names"),
+            ({"stages": 3}, "got 3"),
+            *(
+                ({"stages": "body", **arguments}, words)
+                for arguments, words in (
+                    ({"on": "fit"}, "`on` must be one of 'start', 'end', got 'fit'"),
+                    ({"method": "svm"}, "`method` must be one of 'logistic', 'ridge', got 'svm'"),
+                    ({"l2": -1}, "`l2` must lie in [0, ∞), got -1."),
+                    ({"channel_dim": 0}, "`channel_dim` must be a dimension such as 1 or -1, and not 0"),
+                    ({"channel_dim": 1.0}, "got 1.0"),
+                    ({"target": None}, "`target` must be an index or a key in a batch, got None."),
+                    ({"name": "two words"}, "`name` must be a word"),
+                )
+            ),
+        ),
+        nothing_matched=(({"stages": "layer*"}, "`stages='layer*'` matched none of Net's 10 modules"),),
+        skips={
+            "acts": "it measures the model, and leaves it as it is",
+            "lends": "it measures the model, and leaves it as it is",
+            "pooled": "statistics of normalization layers are left to training",
+            "tensor parallel": "the model of that check has no module of this name",
+            "remove": "a callback that changes no module has nothing to remove",
+        },
+    ),
 ]

@@ -93,6 +93,9 @@ def test_neutral_arguments_change_nothing(case: Case, plain):
 def test_acting_arguments_change_something(case: Case, plain):
     run = fit([case.make()], case.model)
     changed, unchanged = weights(run.module), weights(plain.module)
+    if "acts" in case.skips:
+        assert_equal(changed, unchanged)
+        return
     if "keys" in case.skips:
         changed, unchanged = ({name: state[name] for name in changed.keys() & unchanged.keys()} for state in (changed, unchanged))
     assert_differ(changed, unchanged)

@@ -5,6 +5,7 @@ from contracts.cases import CASES
 from lightning_tricks._core.trick import Trick
 
 PROMISES = {
+    "acts",
     "deepspeed",
     "fsdp1",
     "keys",

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["hold_statistics", "release_statistics"]
+__all__ = ["are_statistics_held", "hold_statistics", "release_statistics"]
 
 
 class _Held:
@@ -45,6 +45,11 @@ def release_statistics(norm: nn.Module, holder: str, *, training: bool) -> None:
         if not held.holders:
             del vars(norm)["train"]
             norm.train(training)  # an exception in an evaluation leaves everything in evaluation mode
+
+
+def are_statistics_held(norm: nn.Module) -> bool:
+    """Tell whether somebody holds a layer's statistics where they are."""
+    return isinstance(vars(norm).get("train"), _Held)
 
 
 def _share_statistics(norm: nn.Module) -> None:

@@ -15,7 +15,7 @@ from lightning_tricks._core.strategies import through_wrapper
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-__all__ = ["evaluate_batch", "move_batch", "training_pass", "untouched", "untouched_generators"]
+__all__ = ["evaluate_batch", "move_batch", "training_pass", "untouched", "untouched_generators", "validation_pass"]
 
 
 @contextmanager
@@ -73,6 +73,21 @@ def training_pass(trainer: Trainer, batches: int | None) -> Iterator[Iterator[An
             yield (batch for batch, *_ in islice(iter(copy(loader)), None if limit == float("inf") else int(limit)))
     finally:
         trainer.state.stage = stage
+
+
+@contextmanager
+def validation_pass(trainer: Trainer) -> Iterator[Iterator[Any]]:
+    """Give the batches of a fit's validation, of all its loaders; none, if it has no validation data."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    loader: Any = loop._combined_loader
+    if loader is None:
+        yield iter(())
+        return
+    limits = loop.max_batches
+    with untouched(loader.flattened):
+        again = copy(loader)
+        again.limits = limits
+        yield (batch for batch, *_ in iter(again))
 
 
 def move_batch(trainer: Trainer, module: LightningModule, batch: Any) -> Any:

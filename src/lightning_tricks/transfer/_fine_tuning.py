@@ -22,7 +22,7 @@ from lightning_tricks._core.checkpoint import read_changes, read_entry, write_ch
 from lightning_tricks._core.checks import check_choice, check_count, check_in_interval, check_patterns
 from lightning_tricks._core.clock import Duration, plain_duration
 from lightning_tricks._core.held_statistics import hold_statistics, release_statistics
-from lightning_tricks._core.lightning import STEP_OUTPUT, LightningModule, Trainer, defines, logs_now, override
+from lightning_tricks._core.lightning import STEP_OUTPUT, LightningModule, Trainer, callbacks_of, defines, logs_now, override
 from lightning_tricks._core.recording import RecordingTrick
 from lightning_tricks._core.strategies import (
     gathers_parameters,
@@ -35,9 +35,9 @@ from lightning_tricks._core.strategies import (
 )
 from lightning_tricks._core.surgery import Patches, when_built
 from lightning_tricks._core.trick import Trick
-from lightning_tricks.errors import ArgumentError, NothingMatchedError, TrickError
+from lightning_tricks.errors import ArgumentError, NothingMatchedError, TrickConflictError, TrickError
 from lightning_tricks.transfer._factors import DividedGroups
-from lightning_tricks.transfer._replace_head import find_head, outputs_of, replace_head
+from lightning_tricks.transfer._replace_head import find_head, is_replaced, outputs_of, replace_head
 from lightning_tricks.transfer._thawing import Thaw, Thawing, check_factors, check_thaw
 
 if TYPE_CHECKING:
@@ -72,14 +72,15 @@ class FineTuning(RecordingTrick):
         lr_factors: Globs over names of parameters, each with a factor of the learning rate; the last that matches wins. Multiplies with
             `layer_decay`.
         statistics: Whether BatchNorm layers that are frozen keep their statistics, ``"freeze"``, or go on with them, ``"train"``.
-        num_classes: Outputs of a new head, which replaces the old one by `functional.replace_head` before the fit, unless the old one has
-            as many; None = the head stays.
+        num_classes: Outputs of a new head, which replaces the old one by `functional.replace_head` before the fit; a head of this size that
+            has been made so before stays. None = the head stays.
         head: Name of the head, or a glob that matches it alone; None = find it, if it is needed.
         name: Names the trick in logs and checkpoints.
 
     Raises:
         ArgumentError: If an argument lies outside its domain.
         NothingMatchedError: At setup, if a stage thaws nothing that the model trains, or there is no head.
+        TrickConflictError: At setup, if there is another `FineTuning`.
         TrickError: At setup, if several layers may be the head; when the fit starts, if no optimizer holds a parameter that thaws.
         UnsupportedOptimizerError: If learning rates differ and an optimizer cannot take that: LBFGS, and those that adapt a value of their
             own for each group.
@@ -133,6 +134,7 @@ class FineTuning(RecordingTrick):
         self._thawing = Thawing(repr(self), list(self.stages.values()), head, self.layer_decay, self.lr_factors or {})
         self._patches = Patches()
         self._built = Patches()
+        self._fits = False
         self._divided: list[DividedGroups] = []
         self._thawed: list[tuple[int, list[Owned]]] = []  # with the step from which each stage trains
         self._all: dict[str, nn.Parameter] = {}  # that the model trains
@@ -151,9 +153,14 @@ class FineTuning(RecordingTrick):
             super().setup(trainer, pl_module, stage)
         self._release(pl_module)
         if self.num_classes is not None:
+            self._fits = stage == "fit"
             self._built = when_built(pl_module, self._replace, trick=repr(self), function="replace_head")
         if stage != "fit":
             return
+        for other in callbacks_of(trainer):
+            if isinstance(other, FineTuning) and other is not self:
+                msg = f"{self!r} and {other!r} would each freeze what the other trains. Keep one, which can have the stages of both."
+                raise TrickConflictError(msg)
         refuse_strategies(trainer, repr(self), _UNSUPPORTED)
         refuse_rewrapping(trainer, repr(self))
         self._frozen = {}
@@ -168,7 +175,8 @@ class FineTuning(RecordingTrick):
     def _replace(self, module: LightningModule) -> None:
         assert self.num_classes is not None
         name, head = find_head(module, self.head, who=repr(self))
-        if outputs_of(head) != self.num_classes:
+        new = self._fits and not is_replaced(head)  # a fit begins with a new head, an evaluation needs one of the right size
+        if new or outputs_of(head) != self.num_classes:
             replace_head(module, self.num_classes, where=name)
 
     @override

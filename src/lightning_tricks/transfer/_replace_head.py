@@ -27,8 +27,9 @@ from lightning_tricks.errors import NothingMatchedError, TrickError, Unsupported
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Head", "find_head", "replace_head"]
+__all__ = ["Head", "find_head", "is_replaced", "outputs_of", "replace_head"]
 
+_MARK: Final = "_replaced_head"
 _KINDS: Final = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -93,6 +94,7 @@ def replace_head(model: nn.Module, num_classes: int, *, where: str | None = None
     name, old = find_head(model, where, who="replace_head")
     _check_replaceable(model, name, old)
     new, before = _like(old, num_classes), outputs_of(old)
+    vars(new)[_MARK] = True
     replace_module(model, old, new)
     parts = name.split(".")
     for end in range(len(parts)):
@@ -123,6 +125,11 @@ def find_head(model: nn.Module, where: str | None, *, who: str) -> tuple[str, nn
         msg = f"{who} needs a Linear or a convolution as head, and {name!r} is a {type(layer).__name__}. Name a layer."
         raise TrickError(msg)
     return name, layer
+
+
+def is_replaced(layer: nn.Module) -> bool:
+    """Tell whether a layer is a head that `replace_head` has made."""
+    return _MARK in vars(layer)
 
 
 def outputs_of(layer: nn.Module) -> int:

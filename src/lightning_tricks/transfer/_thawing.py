@@ -72,7 +72,7 @@ class Thawing:
             return [owned for owned in trained if any(matches(name, thaw) for name in owned.names)]
         home, _ = find_head(model, self.head, who=self.trick)
         head = [owned for owned in trained if any(name.startswith(f"{home}.") for name in owned.names)]
-        body = [owned for owned in trained if owned not in head]
+        body = [owned for owned in trained if not any(name.startswith(f"{home}.") for name in owned.names)]
         if thaw == 0:
             return head
         layers = inferred_layers(model, body, self.trick, asking=f"{thaw!r} in `stages`", advice="Name layers by globs instead.")
