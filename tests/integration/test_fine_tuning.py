@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
@@ -11,7 +13,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 
 import lightning_tricks as lt
-from contracts.harness import Loader, Net, assert_equal, fit, make_trainer, weights
+from contracts.harness import Loader, Net, assert_equal, fit, launch, make_trainer, weights
 from lightning_tricks import errors, optim
 from reference.transfer import sgd_with_rates
 
@@ -113,7 +115,7 @@ class Quadratic(pl.LightningModule):
         return sum(layer.weight.square().sum() * (i + 1) / 2 for i, layer in enumerate(self.layers.values()))
 
     def configure_optimizers(self):
-        groups = [{"params": list(self.layers[name].parameters()) for name in [key]} for key in "a"]
+        groups = [{"params": list(self.layers["a"].parameters())}]
         groups.append({"params": [p for name in "bcd" for p in self.layers[name].parameters()], "lr": 0.02})
         optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9, weight_decay=0.1)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda t: 0.9**t, lambda t: 1 / (1 + t)])
@@ -253,7 +255,7 @@ def test_two_holders_of_statistics_give_them_back_when_both_are_done():
 
 def test_ema_averages_what_thaws_and_the_factory_builds_over_all():
     ema = lt.EMA(0.5)
-    factory = lt.OptimizerFactory(optim.AdamW(lr=1e-2, layer_decay=0.9, layers=["body", ["neck", "tied"][0], "tied", "head"]))
+    factory = lt.OptimizerFactory(optim.AdamW(lr=1e-2, layer_decay=0.9, layers=["body", "neck", "tied", "head"]))
     run = fit([ema, factory, lt.FineTuning({"0%": "head", "8 steps": "*"})])
     raw, averaged = ema.raw_state_dict(), weights(run.module)
     assert not torch.equal(raw["neck.weight"], averaged["neck.weight"])
@@ -337,3 +339,14 @@ def test_a_timm_model_thaws_from_its_last_layers():
     assert [sorted(names) for names in (seen[0], seen[2], seen[4])] == [["fc"], ["fc", "layer4"], ["fc", "layer3", "layer4"]]
     assert {"conv1", "layer1"} <= seen[5]
     assert run.module.net.fc.out_features == 3
+
+
+# Two processes
+
+
+def test_thawed_layers_train_alike_on_all_ranks(tmp_path):
+    launch(Path(__file__).with_name("transfer_worker.py"), tmp_path, processes=2)
+    for rank in range(2):
+        seen = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert seen
+        assert not {name: outcome for name, outcome in seen.items() if outcome != "passed"}
