@@ -1,4 +1,4 @@
-"""The benchmarks run; what they measure is not checked here."""
+"""The benchmarks and the longer examples run; what they measure is not checked here."""
 
 from __future__ import annotations
 
@@ -17,3 +17,13 @@ def test_benchmark_runs_and_reports(name, tmp_path):
     Worker(BENCHMARKS / f"{name}.py", "--quick", "--repeats", 2, "--warmup", 1, "--output", tmp_path / "out").finish()
     assert (tmp_path / "out.json").stat().st_size > 100
     assert (tmp_path / "out.md").stat().st_size > 100
+
+
+@pytest.mark.full
+def test_the_example_of_transfer_fills_its_table(tmp_path):
+    Worker(BENCHMARKS.parent / "examples" / "transfer.py", "--seeds", 1, "--steps", 2, "--output", tmp_path).finish()
+    lines = (tmp_path / "transfer.csv").read_text().splitlines()
+    assert lines[0] == "amount,kind,strategy,planned,seed,accuracy"
+    assert len(lines) == 1 + 4 * 7
+    assert sum("True" in line.split(",")[3] for line in lines) == 4
+    assert (tmp_path / "transfer.png").stat().st_size > 10_000

@@ -216,3 +216,11 @@ recipe.lr = 0.1  # type: ignore[attr-defined]
 tricks_nn.GhostBatchNorm2d(8, 16, 1e-3)  # type: ignore[call-arg]
 functional.insert_norm(model, "spectral")  # type: ignore[arg-type]
 functional.remove_weight_normalization(model, keep="both")  # type: ignore[arg-type]
+
+lt.FineTuning({"0%": "head", "20%": ["layer4", "layer3"], "50%": 2, "80%": "100%"})
+lt.FineTuning({"0%": 0}, layer_decay=0.7, lr_factors={"body": 0.1}, statistics="train", num_classes=10, head="fc", name="slow")
+probe = lt.LinearProbe(["layer3", "layer4"], on="end", method="ridge", l2=0.1, channel_dim=-1, target="label", name="slow")
+report: functional.ProbeReport = functional.linear_probe(nn.Linear(2, 2), [], [], stages="*", forward=lambda batch: batch)
+best: str = report.best
+new_head: functional.Head = functional.replace_head(nn.Linear(2, 2), 3, where="fc")
+plan: lt.FineTuning = functional.transfer_plan(100, "different", much=500, num_classes=3, head="fc")
