@@ -221,6 +221,6 @@ lt.FineTuning({"0%": "head", "20%": ["layer4", "layer3"], "50%": 2, "80%": "100%
 lt.FineTuning({"0%": 0}, layer_decay=0.7, lr_factors={"body": 0.1}, statistics="train", num_classes=10, head="fc", name="slow")
 probe = lt.LinearProbe(["layer3", "layer4"], on="end", method="ridge", l2=0.1, channel_dim=-1, target="label", name="slow")
 report: functional.ProbeReport = functional.linear_probe(nn.Linear(2, 2), [], [], stages="*", forward=lambda batch: batch)
-best: str = report.best
+best_stage: str = report.best
 new_head: functional.Head = functional.replace_head(nn.Linear(2, 2), 3, where="fc")
 plan: lt.FineTuning = functional.transfer_plan(100, "different", much=500, num_classes=3, head="fc")

@@ -43,6 +43,7 @@ def inferred_layers(
     parameters: Sequence[Owned],
     who: str,
     *,
+    least: int = 2,
     asking: str = "`layer_decay`",
     advice: str = "Give `layers`, globs from the input to the output.",
 ) -> list[int]:
@@ -55,13 +56,13 @@ def inferred_layers(
     for layers, and give `advice`.
 
     Raises:
-        NothingMatchedError: If there is only one layer, or if several models in this one say what their layers are.
+        NothingMatchedError: If there are fewer than the `least` layers, or if several models in this one say what their layers are.
     """
     names = [owned.names[0] for owned in parameters]
     said = _said_layers(model, names, who, asking, advice)
     ranks = _block_layers(model, names) if said is None else said
     used = sorted(set(ranks))
-    if len(used) < 2:
+    if len(used) < least:
         msg = f"{who}: {asking} found only one layer in {type(model).__name__}. {advice}"
         raise NothingMatchedError(msg)
     return [used.index(rank) for rank in ranks]

@@ -133,7 +133,7 @@ def fit_classifier(x: Tensor, y: Tensor, classes: int, *, method: Method, l2: fl
 def _fit_logistic(z: Tensor, y: Tensor, classes: int, n: Tensor, l2: float) -> tuple[Tensor, Tensor]:
     weight = torch.zeros(classes, z.shape[1], dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
-    optimizer = LBFGS(
+    optimizer: Any = LBFGS(
         [weight, bias], max_iter=500, tolerance_grad=1e-9, tolerance_change=1e-14, history_size=20, line_search_fn="strong_wolfe"
     )
 

@@ -75,7 +75,7 @@ class Thawing:
         body = [owned for owned in trained if not any(name.startswith(f"{home}.") for name in owned.names)]
         if thaw == 0:
             return head
-        layers = inferred_layers(model, body, self.trick, asking=f"{thaw!r} in `stages`", advice="Name layers by globs instead.")
+        layers = inferred_layers(model, body, self.trick, least=1, asking=f"{thaw!r} in `stages`", advice="Name layers by globs.")
         count = max(layers) + 1
         last = thaw if isinstance(thaw, int) else max(1, round(count * float(share[1]) / 100)) if share else 0
         return [owned for owned, layer in zip(body, layers, strict=True) if layer >= count - last] + head
