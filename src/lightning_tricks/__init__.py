@@ -29,6 +29,8 @@ from lightning_tricks.stochastic._dropout import Dropout
 from lightning_tricks.stochastic._feature_noise import FeatureNoise
 from lightning_tricks.stochastic._fractional_max_pool import FractionalMaxPool
 from lightning_tricks.stochastic._stochastic_depth import StochasticDepth
+from lightning_tricks.transfer._fine_tuning import FineTuning
+from lightning_tricks.transfer._linear_probe import LinearProbe
 
 __all__ = [
     "EMA",
@@ -42,12 +44,14 @@ __all__ = [
     "Dropout",
     "FastGeometricEnsemble",
     "FeatureNoise",
+    "FineTuning",
     "FitDiagnosis",
     "FractionalMaxPool",
     "GradientFlow",
     "Initialization",
     "InputStandardization",
     "LatestWeightAveraging",
+    "LinearProbe",
     "NormSwap",
     "OptimizerFactory",
     "PolyakAveraging",

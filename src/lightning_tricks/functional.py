@@ -34,14 +34,19 @@ from lightning_tricks.stochastic._feature_noise import apply_feature_noise, remo
 from lightning_tricks.stochastic._fractional_max_pool import apply_fractional_max_pool, remove_fractional_max_pool
 from lightning_tricks.stochastic._mc_dropout import MCClassification, MCRegression, mc_dropout
 from lightning_tricks.stochastic._stochastic_depth import apply_stochastic_depth, remove_stochastic_depth
+from lightning_tricks.transfer._linear_probe import ProbeReport, linear_probe
+from lightning_tricks.transfer._replace_head import Head, replace_head
+from lightning_tricks.transfer._transfer_plan import transfer_plan
 
 __all__ = [
     "FitVerdict",
     "FoldReport",
+    "Head",
     "LossLandscape",
     "MCClassification",
     "MCRegression",
     "OutOfBag",
+    "ProbeReport",
     "Soup",
     "StandardizationStatistics",
     "TrainedEnsemble",
@@ -69,6 +74,7 @@ __all__ = [
     "greedy_soup",
     "initialize",
     "insert_norm",
+    "linear_probe",
     "loss_landscape",
     "make_self_normalizing",
     "mc_dropout",
@@ -85,6 +91,7 @@ __all__ = [
     "remove_stochastic_depth",
     "remove_weight_normalization",
     "remove_weight_standardization",
+    "replace_head",
     "standardization_statistics",
     "standardize_inputs",
     "standardize_targets",
@@ -92,6 +99,7 @@ __all__ = [
     "swap_norm",
     "synthesize_ema",
     "train_ensemble",
+    "transfer_plan",
     "uniform_soup",
     "using_weights",
     "whitening_matrix",

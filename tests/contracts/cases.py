@@ -758,4 +758,76 @@ CASES = [
         ),
         skips={key: reason for key, reason in WATCHING_SKIPS.items() if key != "deepspeed"},
     ),
+    Case(
+        lt.FineTuning,
+        acting={"stages": {"0%": "head", "3 steps": ["neck"]}, "lr_factors": {"neck": 0.5}},
+        neutral={"stages": {"0%": "*"}},
+        wrong=(
+            ({"stages": {}}, "`stages` must map moments to what trains from then on, such as {'0%': 'head', '20%': 'layer4.*'}, got {}."),
+            ({"stages": "head"}, "got 'head'"),
+            ({"stages": {"10%": "head"}}, "`stages` must say what trains from the beginning, as in {'0%': 'head', …}"),
+            ({"stages": {"soon": "head"}}, "`stages` must be an int of optimizer steps, or a text such as '500 steps'"),
+            ({"stages": {"0%": ""}}, "`stages['0%']` must be a glob over qualified names such as 'layer4.*', a list of globs, a number"),
+            ({"stages": {"0%": None}}, "got None"),
+            ({"stages": {"0%": -1}}, "`stages['0%']` must be a whole number of at least 0, got -1."),
+            ({"stages": {"0%": True}}, "got True"),
+            ({"stages": {"0%": "120%"}}, "`stages['0%']` must lie in (0, 100], got 120.0."),
+            *(
+                ({"stages": {"0%": "head"}, **arguments}, words)
+                for arguments, words in (
+                    ({"layer_decay": 0}, "`layer_decay` must lie in (0, 1], got 0."),
+                    ({"layer_decay": "0.5"}, "got '0.5'"),
+                    ({"lr_factors": {"body": 0}}, "`lr_factors['body']` must lie in (0, ∞), got 0."),
+                    ({"lr_factors": [0.5]}, "`lr_factors` must map globs over qualified names to factors, such as {'backbone.*': 0.1}"),
+                    ({"statistics": "keep"}, "`statistics` must be one of 'freeze', 'train', got 'keep'"),
+                    ({"num_classes": 0}, "`num_classes` must be a whole number of at least 1, got 0."),
+                    ({"head": ""}, "`head` must be a glob over qualified names"),
+                    ({"head": ["fc"]}, "`head` must be the name of one layer"),
+                    ({"name": "two words"}, "`name` must be a word"),
+                )
+            ),
+        ),
+        nothing_matched=(
+            ({"stages": {"0%": "haed"}}, "each of `stages` must thaw something, and 'haed' thaws no parameter of Net: names look like"),
+            ({"stages": {"0%": "head", "2 steps": "frozen"}}, "all that it matches are frozen by the model itself"),
+            ({"lr_factors": {"bdoy": 0.5}}, "'bdoy' in `lr_factors` matched no parameter that Net trains"),
+        ),
+        skips={
+            "deepspeed": "the engine divides gradients of all parameters between ranks, so the callback refuses it",
+            "fsdp1": "optimizer states of flat parameters cannot be saved in part, so the callback refuses it",
+            "lends": "what is frozen changes what is trained, and evaluations see that",
+            "pooled": "statistics of layers that train are left to training",
+            "tensor parallel": "the model of that check has no layer of this name",
+            "remove": "a callback that changes no module has nothing to remove",
+        },
+    ),
+    Case(
+        lt.LinearProbe,
+        acting={"stages": ["body", "neck"]},
+        neutral={"stages": "neck", "on": "end"},
+        wrong=(
+            ({"stages": []}, "`stages` must be a glob over qualified names"),
+            ({"stages": 3}, "got 3"),
+            *(
+                ({"stages": "body", **arguments}, words)
+                for arguments, words in (
+                    ({"on": "fit"}, "`on` must be one of 'start', 'end', got 'fit'"),
+                    ({"method": "svm"}, "`method` must be one of 'logistic', 'ridge', got 'svm'"),
+                    ({"l2": -1}, "`l2` must lie in [0, ∞), got -1."),
+                    ({"channel_dim": 0}, "`channel_dim` must be a dimension such as 1 or -1, and not 0"),
+                    ({"channel_dim": 1.0}, "got 1.0"),
+                    ({"target": None}, "`target` must be an index or a key in a batch, got None."),
+                    ({"name": "two words"}, "`name` must be a word"),
+                )
+            ),
+        ),
+        nothing_matched=(({"stages": "layer*"}, "`stages='layer*'` matched none of Net's 10 modules"),),
+        skips={
+            "acts": "it measures the model, and leaves it as it is",
+            "lends": "it measures the model, and leaves it as it is",
+            "pooled": "statistics of normalization layers are left to training",
+            "tensor parallel": "the model of that check has no module of this name",
+            "remove": "a callback that changes no module has nothing to remove",
+        },
+    ),
 ]

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from lightning_tricks import optim
-from lightning_tricks.optimization._layers import inferred_layers
-from lightning_tricks.optimization._owners import owned_parameters
+from lightning_tricks._core.layers import inferred_layers
+from lightning_tricks._core.owners import owned_parameters
 
 pytestmark = pytest.mark.full
 

@@ -300,3 +300,11 @@ snapshots: nn.Module = lt.SnapshotEnsemble(schedule=None, combine="mean").to_ens
 variance: torch.Tensor = lt.SnapshotEnsemble(refresh_batch_norm=20).uncertainty().total
 lt.SnapshotEnsemble(schedule="linear")  # type: ignore[arg-type]
 lt.SnapshotEnsemble(5, 6)  # type: ignore[call-arg]
+
+lt.FineTuning({"0%": "head", "20%": ["layer4", "layer3"], "50%": 2, "80%": "100%"})
+lt.FineTuning({"0%": 0}, layer_decay=0.7, lr_factors={"body": 0.1}, statistics="train", num_classes=10, head="fc", name="slow")
+probe = lt.LinearProbe(["layer3", "layer4"], on="end", method="ridge", l2=0.1, channel_dim=-1, target="label", name="slow")
+report: functional.ProbeReport = functional.linear_probe(nn.Linear(2, 2), [], [], stages="*", forward=lambda batch: batch)
+best_stage: str = report.best
+new_head: functional.Head = functional.replace_head(nn.Linear(2, 2), 3, where="fc")
+plan: lt.FineTuning = functional.transfer_plan(100, "different", much=500, num_classes=3, head="fc")

@@ -9,9 +9,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.utils import parametrizations, weight_norm
 
 from lightning_tricks import errors, optim
+from lightning_tricks._core.layers import given_layers, inferred_layers
+from lightning_tricks._core.owners import clean_name, kind_of, owned_parameters
 from lightning_tricks.optimization._groups import check_complete
-from lightning_tricks.optimization._layers import given_layers, inferred_layers
-from lightning_tricks.optimization._owners import clean_name, kind_of, owned_parameters
 from reference.optimizers import layer_rates
 
 

@@ -16,7 +16,16 @@ from lightning_tricks._core.strategies import through_wrapper
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-__all__ = ["evaluate_batch", "move_batch", "place_in_pass", "seed_generators", "training_pass", "untouched", "untouched_generators"]
+__all__ = [
+    "evaluate_batch",
+    "move_batch",
+    "place_in_pass",
+    "seed_generators",
+    "training_pass",
+    "untouched",
+    "untouched_generators",
+    "validation_pass",
+]
 
 _PLACE: ContextVar[int] = ContextVar("place", default=0)
 
@@ -99,6 +108,21 @@ def _counted(batches: Iterable[Any]) -> Iterator[Any]:
 def place_in_pass() -> int:
     """Return the place, from 1 on, of the batch at hand in an additional pass over training data, and 0 in training itself."""
     return _PLACE.get()
+
+
+@contextmanager
+def validation_pass(trainer: Trainer) -> Iterator[Iterator[Any]]:
+    """Give the batches of a fit's validation, of all its loaders; none, if it has no validation data."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    loader: Any = loop._combined_loader
+    if loader is None:
+        yield iter(())
+        return
+    limits = loop.max_batches
+    with untouched(loader.flattened):
+        again = copy(loader)
+        again.limits = limits
+        yield (batch for batch, *_ in iter(again))
 
 
 def move_batch(trainer: Trainer, module: LightningModule, batch: Any) -> Any:

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.fsdp._runtime_utils import _reshard
 from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.nn.parallel import DistributedDataParallel
 
 from lightning_tricks._core.lightning import wrapped
 from lightning_tricks._core.shards import Shards, find_shards
@@ -32,6 +33,7 @@ __all__ = [
     "cut",
     "data_rank",
     "engine_of",
+    "gathers_parameters",
     "holder_of",
     "is_sharded",
     "load_parts",
@@ -41,10 +43,12 @@ __all__ = [
     "owner_of",
     "plain_name",
     "refuse_flat_parameters",
+    "refuse_rewrapping",
     "refuse_strategies",
     "refuse_unreachable_parameters",
     "region_of",
     "return_to_shards",
+    "rewrap",
     "stored_tensors",
     "summed",
     "through_wrapper",
@@ -133,6 +137,11 @@ def abandon_forward(module: nn.Module) -> None:
         module.state_dict()
 
 
+def gathers_parameters(module: nn.Module) -> bool:
+    """Tell whether a strategy gathers parameters from the ranks for the length of a forward pass."""
+    return any(isinstance(child, FSDPModule | FullyShardedDataParallel) for child in wrapped(module).modules())
+
+
 def writes_own_files(trainer: Trainer) -> bool:
     """Tell whether the strategy writes the weights itself, each rank its own, as DeepSpeed does, rather than the checkpoint it is given."""
     return _is_a(trainer, "DeepSpeedStrategy")
@@ -142,6 +151,33 @@ def data_rank(trainer: Trainer) -> int:
     """Return this process's rank among those that train on different data."""
     options: Mapping[str, int] = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
     return options.get("rank", 0)
+
+
+def refuse_rewrapping(trainer: Trainer, trick: str) -> None:
+    """Refuse what DistributedDataParallel cannot go on with when it is made anew.
+
+    Raises:
+        UnsupportedStrategyError: If the Trainer's strategy has a communication hook, which keeps a state for each bucket of gradients.
+    """
+    if getattr(trainer.strategy, "_ddp_comm_hook", None) is not None:
+        msg = (
+            f"{trick} wraps the model anew when other parameters begin to train, and a `ddp_comm_hook` keeps a state that belongs to the "
+            "old wrapper. Use DDPStrategy without the hook."
+        )
+        raise UnsupportedStrategyError(msg)
+
+
+def rewrap(trainer: Trainer) -> None:
+    """Let DistributedDataParallel, where the model is in one, reduce the gradients of those parameters that require them now.
+
+    It decides on that when it is made: what is frozen then is never reduced later, and what is frozen later is waited for.
+    """
+    strategy: Any = trainer.strategy
+    if isinstance(strategy.model, DistributedDataParallel):
+        remove_hooks: Callable[[], None] = strategy.model._remove_autograd_hooks
+        remove_hooks()
+        strategy.model = trainer.lightning_module
+        strategy.configure_ddp()
 
 
 def engine_of(trainer: Trainer) -> Any | None:

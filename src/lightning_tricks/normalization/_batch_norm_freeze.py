@@ -11,37 +11,27 @@ for fixing them late in training; Y. Wu and J. Johnson, "Rethinking 'Batch' in B
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
-
-from torch import Tensor, distributed
-from torch.distributed.tensor import DTensor
 
 from lightning_tricks._core.batch_norms import select_batch_norms
 from lightning_tricks._core.checkpoint import write_entry
 from lightning_tricks._core.checks import check_bool, check_patterns
 from lightning_tricks._core.clock import Duration, plain_duration
+from lightning_tricks._core.held_statistics import hold_statistics, release_statistics
 from lightning_tricks._core.lightning import STEP_OUTPUT, LightningModule, Trainer, callbacks_of, defines, logs_now, override
 from lightning_tricks._core.strategies import refuse_flat_parameters, refuse_strategies
-from lightning_tricks._core.surgery import Patches
 from lightning_tricks._core.trick import Trick
 from lightning_tricks._core.updates import BeforeUpdate, updating
 from lightning_tricks.errors import NothingMatchedError, TrickConflictError
 from lightning_tricks.normalization._batch_norm_refresh import BatchNormRefresh
 
 if TYPE_CHECKING:
-    from torch import nn
     from torch.nn.modules.batchnorm import _BatchNorm
     from torch.optim import Optimizer
 
 __all__ = ["BatchNormFreeze"]
 
 _OWN_GRADIENTS = {"DeepSpeedStrategy": "the engine keeps gradients to itself, so that `affine=True` cannot take any away"}
-
-
-def _keep_evaluating(norm: nn.Module, mode: bool = True) -> nn.Module:  # noqa: ARG001  # the caller's wish
-    """Stand in for ``norm.train``."""
-    return type(norm).train(norm, mode=False)
 
 
 class BatchNormFreeze(Trick):
@@ -104,11 +94,9 @@ class BatchNormFreeze(Trick):
         self.affine = check_bool("affine", affine)
         self.where = check_patterns("where", where, empty=False)
         self.exclude = check_patterns("exclude", exclude, empty=True)
-        self._patches = Patches()
         self._updates: list[BeforeUpdate] = []
         self._begin = 0  # in optimizer steps
         self._frozen: dict[str, _BatchNorm] = {}
-        self._trained: list[_BatchNorm] = []  # of these, those that did train
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -152,11 +140,9 @@ class BatchNormFreeze(Trick):
             self._freeze(self._select(pl_module))
 
     def _freeze(self, norms: dict[str, _BatchNorm]) -> None:
-        self._frozen, self._trained = norms, [norm for norm in norms.values() if norm.training]
-        for norm in self._trained:
-            _share_statistics(norm)
-            self._patches.wrap(norm, "train", lambda _, norm=norm: partial(_keep_evaluating, norm))  # type: ignore[misc]
-            norm.train()
+        self._frozen = norms
+        for norm in norms.values():
+            hold_statistics(norm, self.state_key)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -186,22 +172,12 @@ class BatchNormFreeze(Trick):
             self._thaw(pl_module)
 
     def _thaw(self, module: LightningModule) -> None:
-        self._patches.undo()
-        for norm in self._trained:
-            norm.train(module.training)  # an exception in an evaluation leaves everything in evaluation mode
+        for norm in self._frozen.values():
+            release_statistics(norm, self.state_key, training=module.training)
         for update in self._updates:
             update.remove()
-        self._frozen, self._trained, self._updates = {}, [], []
+        self._frozen, self._updates = {}, []
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         write_entry(checkpoint, self.state_key, repr(self), {})
-
-
-def _share_statistics(norm: _BatchNorm) -> None:
-    """Give all ranks the statistics of rank zero."""
-    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
-        return
-    for buffer in norm.buffers(recurse=False):
-        if isinstance(buffer, Tensor) and not isinstance(buffer, DTensor):
-            distributed.broadcast(buffer, 0)

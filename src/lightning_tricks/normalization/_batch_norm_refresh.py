@@ -25,6 +25,7 @@ from lightning_tricks._core.batch_norms import select_batch_norms
 from lightning_tricks._core.batch_statistics import call_model, measure_in_training, measure_statistics, write_statistics
 from lightning_tricks._core.checkpoint import check_tensors, read_entry, write_entry
 from lightning_tricks._core.checks import check_choice, check_patterns
+from lightning_tricks._core.held_statistics import are_statistics_held
 from lightning_tricks._core.lightning import STEP_OUTPUT, LightningModule, Trainer, defines, override
 from lightning_tricks._core.loaders import untouched
 from lightning_tricks._core.strategies import plain_name
@@ -176,6 +177,7 @@ class BatchNormRefresh(Trick):
         self._module: LightningModule | None = None  # of the latest fit
         self._followed: dict[str, _BatchNorm] = {}
         self._frozen: set[str] = set()  # of these, those that do not train
+        self._kept = False
         self._raw: dict[str, Tensor] = {}  # statistics of training, while the module holds measured ones
         self._measured: dict[str, Tensor] = {}  # the latest
         self._step = -1  # at which they were
@@ -201,6 +203,7 @@ class BatchNormRefresh(Trick):
             self._give_back()
         self._module, self._raw, self._measured, self._step, self._finished = pl_module, {}, {}, -1, False
         self._frozen = {name for name, norm in norms.items() if pl_module.training and not norm.training}
+        self._kept = False  # whether another callback holds the statistics of all layers where they are
         self._patches.wrap(trainer.fit_loop, "run", lambda run: partial(self._run, trainer, pl_module, run))
 
     def _select(self, module: nn.Module) -> dict[str, _BatchNorm]:
@@ -213,6 +216,7 @@ class BatchNormRefresh(Trick):
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int) -> None:
         self._frozen = {name for name, norm in self._followed.items() if not norm.training}
+        self._kept = bool(self._followed) and all(map(are_statistics_held, self._followed.values()))
 
     @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -251,6 +255,8 @@ class BatchNormRefresh(Trick):
     # Measuring
 
     def _refresh(self, trainer: Trainer, module: LightningModule) -> None:
+        if self._kept:
+            return
         norms = _thawed(self._select(module), self._frozen, trick=repr(self))
         statistics, used = measure_in_training(trainer, module, norms, None if self.batches == "all" else self.batches)
         raw = _statistics(module, statistics)

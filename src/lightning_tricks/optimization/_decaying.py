@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from lightning_tricks._core.checks import check_in_interval
+from lightning_tricks._core.owners import Kind, Owned, owned_parameters
 from lightning_tricks._core.schedule import Schedule
 from lightning_tricks._core.selection import matches, select_parameters
 from lightning_tricks._core.strategies import return_to_shards
 from lightning_tricks._core.updates import BeforeUpdate, updating
 from lightning_tricks.errors import NothingMatchedError, UnsupportedOptimizerError
 from lightning_tricks.optimization._decay import Mode, Terms, add_gradient_, measure, penalty_of, shrink_
-from lightning_tricks.optimization._owners import Kind, Owned, owned_parameters
 
 if TYPE_CHECKING:
     from torch import nn
@@ -158,16 +158,24 @@ class Decays:
             measures: Tells whether to measure terms at this step.
         """
         optimizer = updating(self.optimizer)
+
+        def follow_groups() -> None:
+            if self._sizes != _sizes(optimizer):  # others may add parameters, or divide groups for the length of a step
+                look_up()
+                self.divide()
+
+        def lend(*_: Any) -> None:
+            follow_groups()
+            self._lend()
+
         if self.existing == "replace":
-            self._hooks.append(optimizer.register_step_pre_hook(lambda *_: self._lend()))
+            self._hooks.append(optimizer.register_step_pre_hook(lend))
             self._hooks.append(optimizer.register_step_post_hook(lambda *_: self._give_back()))
 
         def act(evaluation: int, scale: float) -> float | None:
             if evaluation == 0:
                 self.steps += 1
-                if self._sizes != _sizes(optimizer):
-                    look_up()
-                    self.divide()
+                follow_groups()
             elif self.mode == "decoupled":
                 return None
             return self._decay(optimizer, scale, measuring=evaluation == 0 and measures())

@@ -17,10 +17,10 @@ from torch.optim import Optimizer
 
 from lightning_tricks._core.checks import check_patterns
 from lightning_tricks._core.lightning import override
+from lightning_tricks._core.owners import owned_parameters
 from lightning_tricks._core.selection import select_parameters
 from lightning_tricks.errors import NothingMatchedError
 from lightning_tricks.optimization._gradients import dimensions_of_units
-from lightning_tricks.optimization._owners import owned_parameters
 from lightning_tricks.optimization._wrapping import TransformingOptimizer, WrapperRecipe
 
 __all__ = ["GradientCentralization"]

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_tricks._core.layers import given_layers, inferred_layers
+from lightning_tricks._core.owners import Kind, Owned, clean_name, owned_parameters
 from lightning_tricks._core.selection import matches
 from lightning_tricks.errors import NothingMatchedError, UnsupportedOptimizerError, UnsupportedStrategyError
-from lightning_tricks.optimization._layers import given_layers, inferred_layers
-from lightning_tricks.optimization._owners import Kind, Owned, clean_name, owned_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

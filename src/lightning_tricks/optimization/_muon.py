@@ -22,11 +22,11 @@ from torch.optim.adamw import adamw
 
 from lightning_tricks._core.checks import check_choice, check_count, check_patterns
 from lightning_tricks._core.lightning import override
+from lightning_tricks._core.owners import Owned, owned_parameters, walk_parameters
 from lightning_tricks._core.selection import matches
 from lightning_tricks.errors import MissingPackageError, NothingMatchedError, UnsupportedOptimizerError
 from lightning_tricks.optimization._groups import ParameterGroup, check_complete, check_globs, group_parameters
 from lightning_tricks.optimization._implementation import implementation_options
-from lightning_tricks.optimization._owners import Owned, owned_parameters, walk_parameters
 from lightning_tricks.optimization._recipe import GroupedRecipe
 
 if TYPE_CHECKING:

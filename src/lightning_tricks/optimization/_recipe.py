@@ -19,11 +19,11 @@ from torch.optim import Optimizer
 
 from lightning_tricks._core.checks import check_choice, check_in_interval, check_pair, check_patterns
 from lightning_tricks._core.lightning import LightningModule, override
+from lightning_tricks._core.owners import KINDS, Kind
 from lightning_tricks._core.schedule import Schedule
 from lightning_tricks.errors import ArgumentError
 from lightning_tricks.optimization._groups import ParameterGroup, check_complete, group_parameters
 from lightning_tricks.optimization._implementation import IMPLEMENTATIONS, implementation_options, implementations_of
-from lightning_tricks.optimization._owners import KINDS, Kind
 
 __all__ = ["GroupedRecipe", "OptimizerRecipe"]
 

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from lightning_tricks._core.checkpoint import read_entry, write_entry
 from lightning_tricks._core.checks import check_bool, check_choice, check_patterns
 from lightning_tricks._core.lightning import STEP_OUTPUT, LightningModule, Trainer, callbacks_of, defines, logs_now, override
+from lightning_tricks._core.owners import KINDS, Kind
 from lightning_tricks._core.schedule import Schedule, check_varying, follow
 from lightning_tricks._core.strategies import moved_by, refuse_strategies, refuse_unreachable_parameters
 from lightning_tricks._core.trick import Trick
 from lightning_tricks.errors import ArgumentError, NothingMatchedError, TrickConflictError, TrickError
 from lightning_tricks.optimization._decay import MODES, Mode
 from lightning_tricks.optimization._decaying import Decayed, Decays, Rules
-from lightning_tricks.optimization._owners import KINDS, Kind
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer

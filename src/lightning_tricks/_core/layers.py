@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any, Final, cast
 from torch import nn
 
 from lightning_tricks._core.extras import require
+from lightning_tricks._core.owners import clean_name
 from lightning_tricks._core.selection import matches
 from lightning_tricks._core.strategies import unwrapped
 from lightning_tricks.errors import NothingMatchedError
-from lightning_tricks.optimization._owners import clean_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lightning_tricks.optimization._owners import Owned
+    from lightning_tricks._core.owners import Owned
 
 __all__ = ["given_layers", "inferred_layers"]
 
@@ -38,28 +38,37 @@ def given_layers(parameters: Sequence[Owned], layers: Sequence[str], who: str) -
     return [layer for layer in found if layer is not None]
 
 
-def inferred_layers(model: nn.Module, parameters: Sequence[Owned], who: str) -> list[int]:
+def inferred_layers(
+    model: nn.Module,
+    parameters: Sequence[Owned],
+    who: str,
+    *,
+    least: int = 2,
+    asking: str = "`layer_decay`",
+    advice: str = "Give `layers`, globs from the input to the output.",
+) -> list[int]:
     """Return the layer of each parameter, from what the model says of itself or else from its structure.
 
     Models of timm say which of their parameters make a layer (`group_matcher`); what stands before such a model belongs to its first
     layer, and what stands after it is one layer more. In other models, each block is a layer. Parameters between two blocks belong to
     the later one, as the downsampling in front of a stage does; those before the first block are a layer of their own, and so are
-    those after the last. In a model without blocks, each module that owns parameters is a layer.
+    those after the last. In a model without blocks, each module that owns parameters is a layer. Errors say which argument is `asking`
+    for layers, and give `advice`.
 
     Raises:
-        NothingMatchedError: If there is only one layer, or if several models in this one say what their layers are.
+        NothingMatchedError: If there are fewer than the `least` layers, or if several models in this one say what their layers are.
     """
     names = [owned.names[0] for owned in parameters]
-    said = _said_layers(model, names, who)
+    said = _said_layers(model, names, who, asking, advice)
     ranks = _block_layers(model, names) if said is None else said
     used = sorted(set(ranks))
-    if len(used) < 2:
-        msg = f"{who}: `layer_decay` found only one layer in {type(model).__name__}. Give `layers`, globs from the input to the output."
+    if len(used) < least:
+        msg = f"{who}: {asking} found only one layer in {type(model).__name__}. {advice}"
         raise NothingMatchedError(msg)
     return [used.index(rank) for rank in ranks]
 
 
-def _said_layers(model: nn.Module, names: Sequence[str], who: str) -> list[int] | None:
+def _said_layers(model: nn.Module, names: Sequence[str], who: str, asking: str, advice: str) -> list[int] | None:
     """Return what a model of timm in the model says of its layers; None if there is no such model."""
     speakers = {
         clean_name(f"{path}.") if path else "": module
@@ -71,7 +80,7 @@ def _said_layers(model: nn.Module, names: Sequence[str], who: str) -> list[int] 
     if not outer:
         return None
     if len(outer) > 1:
-        msg = f"{who}: `layer_decay` found several models, {', '.join(map(repr, outer))}, whose layers have no common order. Give `layers`."
+        msg = f"{who}: {asking} found several models, {', '.join(map(repr, outer))}, whose layers have no common order. {advice}"
         raise NothingMatchedError(msg)
     ((prefix, speaker),) = outer.items()
     own = {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}

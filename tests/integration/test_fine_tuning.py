@@ -1,0 +1,352 @@
+"""FineTuning in whole runs."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch import nn
+
+import lightning_tricks as lt
+from contracts.harness import Loader, Net, assert_equal, fit, launch, make_trainer, weights
+from lightning_tricks import errors, optim
+from reference.transfer import sgd_with_rates
+
+pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore::UserWarning:torch.optim.lr_scheduler")
+
+STAGES = {"0%": "head", "4 steps": "neck", "2 epochs": "*"}
+
+
+class Watch(Callback):
+    """Notes, after each batch, the weights, the optimizer's momentum, its rates and the mode of the BatchNorm."""
+
+    def __init__(self) -> None:
+        self.states, self.buffers, self.rates, self.modes = [], [], [], []
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        optimizer = trainer.optimizers[0]
+        names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
+        self.states.append(weights(pl_module))
+        self.buffers.append(
+            {names[id(p)]: s["momentum_buffer"].clone() for p, s in optimizer.state.items() if s.get("momentum_buffer") is not None}
+        )
+        self.rates.append([group["lr"] for group in optimizer.param_groups])
+        self.modes.append(pl_module.body[1].training)
+
+    def moves(self, prefix: str) -> list[bool]:
+        """Tell for each step but the first whether something under a name has changed."""
+        pairs = zip(self.states, self.states[1:], strict=False)
+        return [any(not torch.equal(one[name], other[name]) for name in one if name.startswith(prefix)) for one, other in pairs]
+
+
+class Decaying(Net):
+    """Its optimizer would move what is frozen, if it could."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9, weight_decay=0.1)
+
+    def optimizer_zero_grad(self, epoch, batch_idx, optimizer):
+        optimizer.zero_grad(set_to_none=False)
+
+    def training_step(self, batch, batch_idx):
+        self.train()
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("statistics", ["freeze", "train"])
+def test_layers_train_from_their_moments_on_and_stand_still_before(statistics):
+    watch = Watch()
+    run = fit([lt.FineTuning(STAGES, statistics=statistics), watch], Decaying)
+    assert watch.moves("head") == [True] * 14
+    assert watch.moves("neck") == [False] * 3 + [True] * 11
+    assert watch.moves("body.0") == [False] * 9 + [True] * 5
+    assert watch.moves("body.1.weight") == [False] * 9 + [True] * 5
+    assert watch.moves("body.1.running") == ([False] * 9 + [True] * 5 if statistics == "freeze" else [True] * 14)
+    assert watch.modes == ([False] * 10 + [True] * 5 if statistics == "freeze" else [True] * 15)
+    assert watch.moves("frozen") == [False] * 14
+    asleep = [{name.partition(".")[0] for name in buffers} for buffers in watch.buffers]
+    assert asleep[3] == {"head"}
+    assert asleep[4] == {"head", "neck"}
+    assert asleep[10] == {"head", "neck", "body", "tied"}
+    names = [name for name, parameter in run.module.named_parameters() if not parameter.requires_grad]
+    assert names == ["frozen.weight", "frozen.bias"]
+    assert "train" not in vars(run.module.body[1])
+
+
+def test_buffers_of_what_trains_on_are_the_same_to_the_bit_as_layers_thaw():
+    """Up to the thaw, stages to come make no difference; and thawing itself touches no buffer."""
+    seen = []
+    for stages in ({"0%": "head"}, {"0%": "head", "4 steps": "neck"}):
+        watch = Watch()
+        fit([lt.FineTuning(stages), watch])
+        seen.append(watch)
+    for step in range(4):
+        assert_equal(seen[0].buffers[step], seen[1].buffers[step])
+        assert_equal(seen[0].states[step], seen[1].states[step])
+    head = [name for name in seen[0].buffers[4] if name.startswith("head")]
+    assert_equal(*({name: watch.buffers[4][name] for name in head} for watch in seen))
+
+
+@pytest.mark.parametrize("step", [2, 4, 6, 10, 12])
+def test_a_run_resumes_in_every_stage(step, tmp_path):
+    make = lambda: lt.FineTuning(STAGES, lr_factors={"neck": 0.5, "body": 0.1})  # noqa: E731
+    keep = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    whole = fit([make(), keep], Decaying)
+    resumed = fit([make()], Decaying, ckpt_path=tmp_path / f"step={step}.ckpt", seed=99)
+    assert resumed.losses == whole.losses[step:]
+    assert_equal(weights(resumed.module), weights(whole.module))
+
+
+class Quadratic(pl.LightningModule):
+    """Four weights, each with a loss of its own, so that gradients are known."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleDict({name: nn.Linear(1, 1, bias=False) for name in "abcd"}).double()
+        for i, layer in enumerate(self.layers.values()):
+            nn.init.constant_(layer.weight, i + 1.0)
+
+    def training_step(self, batch, batch_idx):
+        return sum(layer.weight.square().sum() * (i + 1) / 2 for i, layer in enumerate(self.layers.values()))
+
+    def configure_optimizers(self):
+        groups = [{"params": list(self.layers["a"].parameters())}]
+        groups.append({"params": [p for name in "bcd" for p in self.layers[name].parameters()], "lr": 0.02})
+        optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9, weight_decay=0.1)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda t: 0.9**t, lambda t: 1 / (1 + t)])
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def test_rates_per_layer_follow_a_scheduler_with_a_function_for_each_group():
+    """Against the formula in loops: two groups with schedules of their own, one of them divided in three, and stages on top."""
+    torch.manual_seed(0)
+    module, stages = Quadratic(), {"0 steps": ["layers.c", "layers.d"], "2 steps": "layers.b", "5 steps": "*"}
+    rates = []
+
+    class Rates(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
+            assert [len(group["params"]) for group in trainer.optimizers[0].param_groups] == [1, 3]
+
+    tuning = lt.FineTuning(stages, layer_decay=0.5, lr_factors={"layers.c": 0.1, "layers.?": 3.0, "c": 0.2})
+    make_trainer([tuning, Rates()], max_steps=9).fit(module, torch.utils.data.DataLoader(torch.zeros(9, 1)))
+    factors = {"a": 3 * 0.5**3, "b": 3 * 0.5**2, "c": 0.2 * 0.5, "d": 3.0}
+    given = [{name: factors[name] * (0.01 * 0.9**t if name == "a" else 0.02 / (1 + t)) for name in "abcd"} for t in range(9)]
+    expected = sgd_with_rates(
+        {name: i + 1.0 for i, name in enumerate("abcd")},
+        [lambda weights: {name: (i + 1) * weights[name] for i, name in enumerate("abcd")}] * 9,
+        given,
+        momentum=0.9,
+        weight_decay=0.1,
+        frozen=[{name for name in "ab" if t < {"a": 5, "b": 2}[name]} for t in range(9)],
+    )
+    for name, value in expected.items():
+        torch.testing.assert_close(module.layers[name].weight.item(), value, rtol=1e-12, atol=0)
+    torch.testing.assert_close(rates[0], [0.01 * 0.9, 0.02 / 2])  # after the scheduler's step, without factors
+
+
+def test_weight_decay_sees_the_rates_with_their_factors():
+    """Decay by another callback shrinks by the layer's own rate, whether it joins the optimizer's own or replaces it."""
+
+    class Plain(Quadratic):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.02, weight_decay=0.3)
+
+        def training_step(self, batch, batch_idx):
+            return 0.0 * super().training_step(batch, batch_idx)
+
+    module = Plain()
+    decay = lt.WeightDecay(0.5, existing="replace")
+    tuning = lt.FineTuning({"0%": "*"}, lr_factors={"layers.a": 0.1})
+    make_trainer([decay, tuning], max_epochs=2).fit(module, torch.utils.data.DataLoader(torch.zeros(3, 1)))
+    for i, (name, factor) in enumerate((("a", 0.1), ("b", 1.0))):
+        assert module.layers[name].weight.item() == pytest.approx((i + 1) * (1 - 0.02 * factor * 0.5) ** 6, rel=1e-12)
+
+
+def test_optimizers_that_adapt_a_value_for_each_group_are_refused():
+    class Adapting(torch.optim.SGD):
+        def step(self, closure=None):
+            loss = super().step(closure)
+            for group in self.param_groups:
+                group["distance"] = len(group["params"]) + group["lr"]
+            return loss
+
+    class Tuned(Net):
+        def configure_optimizers(self):
+            kind = torch.optim.LBFGS if self.lbfgs else Adapting
+            return kind([p for p in self.parameters() if p.requires_grad], lr=0.01)
+
+    for lbfgs, words in ((False, "Adapting sets `distance` of each group at each step"), (True, "LBFGS has one for all")):
+        Tuned.lbfgs = lbfgs
+        module = Tuned()
+        trainer = make_trainer([lt.FineTuning({"0%": "*"}, lr_factors={"head": 0.5})], max_epochs=1)
+        with pytest.raises(errors.UnsupportedOptimizerError, match=words):
+            trainer.fit(module, Loader())
+
+
+def test_parameters_that_no_optimizer_holds_cannot_thaw():
+    class HeadOnly(Net):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.head.parameters(), lr=0.01)
+
+    with pytest.raises(errors.TrickError, match=r"thaws 'neck.weight' and 2 more that no optimizer of HeadOnly holds"):
+        fit([lt.FineTuning({"0%": "head", "2 steps": ["neck", "tied"]})], HeadOnly)
+
+
+@pytest.mark.parametrize("automatic", [True, False])
+def test_two_optimizers_and_manual_optimization_count_steps_of_each(automatic):
+    class Two(Net):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            for optimizer in self.optimizers():
+                self.toggle_optimizer(optimizer) if automatic else None
+                optimizer.zero_grad()
+                loss = self.loss(batch)
+                self.manual_backward(loss)
+                optimizer.step()
+                self.untoggle_optimizer(optimizer) if automatic else None
+            self.losses.append(loss.item())
+
+        def configure_optimizers(self):
+            one, other = [*self.head.parameters()], [*self.body.parameters(), *self.neck.parameters(), self.tied.bias]
+            return [torch.optim.SGD(part, lr=0.01, momentum=0.9) for part in (one, other)]
+
+    watch = Watch()
+    fit([lt.FineTuning({"0%": ["head", "body"], "4 steps": "neck"}, lr_factors={"neck": 0.5}), watch], Two, max_epochs=2)
+    assert watch.moves("head") == watch.moves("body.0") == [True] * 9
+    assert watch.moves("neck.bias") == [False] * 3 + [True] * 6
+
+
+def test_an_exception_leaves_everything_trainable_and_groups_whole():
+    class Fails(Net):
+        def training_step(self, batch, batch_idx):
+            assert not self.neck.weight.requires_grad
+            if self.trainer.global_step == 3:
+                raise RuntimeError("within a step")  # noqa: EM101, TRY003
+            return super().training_step(batch, batch_idx)
+
+    module = Fails()
+    trainer = make_trainer([lt.FineTuning({"0%": "head"}, lr_factors={"head": 0.5, "*.bias": 0.1})])
+    with pytest.raises(RuntimeError, match="within a step"):
+        trainer.fit(module, Loader())
+    assert [name for name, parameter in module.named_parameters() if not parameter.requires_grad] == ["frozen.weight", "frozen.bias"]
+    assert "train" not in vars(module.body[1])
+    optimizer = trainer.strategy._optimizers[0] if trainer.strategy._optimizers else None
+    assert optimizer is None or len(optimizer.param_groups) == 1
+
+
+def test_two_holders_of_statistics_give_them_back_when_both_are_done():
+    watch = Watch()
+    run = fit([lt.FineTuning({"0%": "head", "6 steps": "*"}), lt.BatchNormFreeze(3), watch])
+    assert watch.modes == [False] * 15
+    assert run.module.body[1].training
+    watch = Watch()
+    fit([lt.FineTuning({"0%": "head", "6 steps": "*"}), lt.BatchNormFreeze(9), watch])
+    assert watch.modes == [False] * 6 + [True] * 3 + [False] * 6
+
+
+def test_ema_averages_what_thaws_and_the_factory_builds_over_all():
+    ema = lt.EMA(0.5)
+    factory = lt.OptimizerFactory(optim.AdamW(lr=1e-2, layer_decay=0.9, layers=["body", "neck", "tied", "head"]))
+    run = fit([ema, factory, lt.FineTuning({"0%": "head", "8 steps": "*"})])
+    raw, averaged = ema.raw_state_dict(), weights(run.module)
+    assert not torch.equal(raw["neck.weight"], averaged["neck.weight"])
+    assert not torch.equal(raw["head.weight"], averaged["head.weight"])
+
+
+# A new head
+
+
+class Features(Net):
+    """Without the harness's stray layers, so that the head is clear."""
+
+    def __init__(self, classes: int = 3) -> None:
+        super().__init__()
+        del self.tied, self.frozen
+        self.head = nn.Linear(8, classes)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.neck(self.body(x))))
+
+
+def test_a_new_head_is_trained_recorded_and_made_again(tmp_path):
+    make = lambda: lt.FineTuning({"0%": 0, "5 steps": 1, "10 steps": "100%"}, num_classes=3)  # noqa: E731
+    watch, keep = Watch(), ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    pretrained = lambda: Features(10)  # noqa: E731
+    run = fit([make(), watch, keep], pretrained)
+    assert run.module.head.out_features == 3
+    assert watch.moves("neck") == [False] * 4 + [True] * 10
+    assert watch.moves("body.0") == [False] * 9 + [True] * 5
+    loaded = lt.load_from_checkpoint(Features, tmp_path / "step=15.ckpt", classes=10)
+    assert loaded.head.out_features == 3
+    assert_equal(weights(loaded), weights(run.module))
+    resumed = fit([make()], pretrained, ckpt_path=tmp_path / "step=7.ckpt", seed=99)
+    assert resumed.losses == run.losses[7:]
+    assert_equal(weights(resumed.module), weights(run.module))
+    before = weights(run.module)
+    run.trainer.validate(run.module, Loader(2), verbose=False)
+    assert_equal(weights(run.module), before)
+    run.trainer.test(pretrained(), Loader(2), ckpt_path=tmp_path / "step=15.ckpt", verbose=False)
+
+
+def test_a_head_of_the_same_size_is_new_once():
+    torch.manual_seed(0)
+    module = Features()
+    old = module.head
+    tuning = lt.FineTuning({"0%": 0}, num_classes=3)
+    make_trainer([tuning], max_epochs=1).fit(module, Loader())
+    new = module.head
+    assert new is not old
+    make_trainer([copy.deepcopy(tuning)], max_epochs=1).fit(module, Loader())
+    assert module.head is new
+    untouched = Features()
+    make_trainer([copy.deepcopy(tuning)]).validate(untouched, Loader(2), verbose=False)
+    assert not hasattr(untouched.head, "_replaced_head")
+
+
+@pytest.mark.full
+def test_a_timm_model_thaws_from_its_last_layers():
+    import timm
+
+    class Pretrained(Net):
+        def __init__(self):
+            super().__init__()
+            del self.tied, self.frozen, self.neck, self.head, self.body
+            self.net = timm.create_model("resnet10t", in_chans=1, num_classes=5)
+
+        def forward(self, x):
+            return self.net(torch.nn.functional.interpolate(x, scale_factor=4))
+
+    class Frozen(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            tuning = trainer.callbacks[0]
+            seen.append(
+                {name.split(".")[1] for name in pl_module.state_dict() if name in tuning._all} - {n.split(".")[1] for n in tuning._frozen}
+            )
+
+    seen: list[set[str]] = []
+    run = fit(
+        [lt.FineTuning({"0%": 0, "2 steps": 1, "4 steps": "50%", "5 steps": "*"}, layer_decay=0.7, num_classes=3), Frozen()], Pretrained
+    )
+    assert [sorted(names) for names in (seen[0], seen[2], seen[4])] == [["fc"], ["fc", "layer4"], ["fc", "layer3", "layer4"]]
+    assert {"conv1", "layer1"} <= seen[5]
+    assert run.module.net.fc.out_features == 3
+
+
+# Two processes
+
+
+def test_thawed_layers_train_alike_on_all_ranks(tmp_path):
+    launch(Path(__file__).with_name("transfer_worker.py"), tmp_path, processes=2)
+    for rank in range(2):
+        seen = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert seen
+        assert not {name: outcome for name, outcome in seen.items() if outcome != "passed"}
