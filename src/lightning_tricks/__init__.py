@@ -8,7 +8,10 @@ from lightning_tricks.averaging._ema import EMA
 from lightning_tricks.averaging._latest_weight_averaging import LatestWeightAveraging
 from lightning_tricks.averaging._polyak_averaging import PolyakAveraging
 from lightning_tricks.averaging._post_hoc_ema import PostHocEMA
+from lightning_tricks.data._cut_mix import CutMix
 from lightning_tricks.data._input_standardization import InputStandardization
+from lightning_tricks.data._label_smoothing import LabelSmoothing
+from lightning_tricks.data._mix_up import MixUp
 from lightning_tricks.data._target_standardization import TargetStandardization
 from lightning_tricks.normalization._activation_swap import ActivationSwap
 from lightning_tricks.normalization._batch_norm_freeze import BatchNormFreeze
@@ -29,6 +32,7 @@ __all__ = [
     "ActivationSwap",
     "BatchNormFreeze",
     "BatchNormRefresh",
+    "CutMix",
     "DropBlock",
     "DropConnect",
     "Dropout",
@@ -36,7 +40,9 @@ __all__ = [
     "FractionalMaxPool",
     "Initialization",
     "InputStandardization",
+    "LabelSmoothing",
     "LatestWeightAveraging",
+    "MixUp",
     "NormSwap",
     "OptimizerFactory",
     "PolyakAveraging",

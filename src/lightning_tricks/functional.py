@@ -6,7 +6,10 @@ from lightning_tricks.averaging._export import averaged_state_dict
 from lightning_tricks.averaging._power_ema import power_ema_decay, power_ema_gamma, power_ema_sigma_rel
 from lightning_tricks.averaging._snapshots import synthesize_ema
 from lightning_tricks.averaging._soup import Soup, greedy_soup, uniform_soup
+from lightning_tricks.data._cut_mix import cut_mix, cut_mix_box
 from lightning_tricks.data._input_standardization import standardize_inputs
+from lightning_tricks.data._label_smoothing import smooth_labels
+from lightning_tricks.data._mix_up import mix_labels, mix_up
 from lightning_tricks.data._standardizer import remove_standardization
 from lightning_tricks.data._statistics import StandardizationStatistics, standardization_statistics, whitening_matrix
 from lightning_tricks.data._target_standardization import standardize_targets
@@ -46,6 +49,8 @@ __all__ = [
     "apply_weight_standardization",
     "averaged_state_dict",
     "combine_predictions",
+    "cut_mix",
+    "cut_mix_box",
     "decay_weights_",
     "decompose_uncertainty",
     "ema_decay",
@@ -56,6 +61,8 @@ __all__ = [
     "insert_norm",
     "make_self_normalizing",
     "mc_dropout",
+    "mix_labels",
+    "mix_up",
     "power_ema_decay",
     "power_ema_gamma",
     "power_ema_sigma_rel",
@@ -69,6 +76,7 @@ __all__ = [
     "remove_stochastic_depth",
     "remove_weight_normalization",
     "remove_weight_standardization",
+    "smooth_labels",
     "standardization_statistics",
     "standardize_inputs",
     "standardize_targets",
