@@ -62,6 +62,7 @@ class MixedTensor(Tensor):
     marks: Marks
 
     @classmethod
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # losses are not compiled
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _evaluate(func, args, kwargs or {})
 
@@ -82,7 +83,6 @@ def seen(tensor: MixedTensor) -> Tensor:
     return tensor.branches[0] if tensor.visible is None else tensor.visible
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _evaluate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call a torch function among whose arguments are mixed tensors."""
     leaves, structure = tree_flatten((args, kwargs))
@@ -294,5 +294,5 @@ def _class_loss(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mix
     if len(labels.branches) > 1 and labels.share is None:
         _refuse_shares(func, marks)
     inputs = [_branch(number)(scores) if isinstance(scores, MixedTensor) else scores for number in range(len(labels.branches))]
-    loss = class_loss(func, inputs, labels.branches, labels.share, smoothing=marks.smoothing, options=options)
-    return mixed([loss], 1.0, marks)
+    losses = class_loss(func, inputs, labels.branches, labels.share, smoothing=marks.smoothing, options=options)
+    return mixed(losses, labels.share, marks)

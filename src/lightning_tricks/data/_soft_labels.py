@@ -50,7 +50,7 @@ def class_loss(
     *,
     smoothing: float,
     options: Mapping[str, Any],
-) -> Tensor:
+) -> list[Tensor]:
     """Compute the cross-entropy with mixed and smoothed probabilities of classes.
 
     A mean is one over the weights of classes, which are mixed, too: of ignored labels, the weight is zero.
@@ -62,12 +62,14 @@ def class_loss(
         share: λ of the first, of all elements or of each.
         smoothing: ε, which `nll_loss` has no argument for.
         options: The loss's further arguments.
+
+    Returns:
+        The loss, or those of each of two labels where they are not yet summed up, which may be weighed with shares of the batch later.
     """
     options = dict(options)
     reduction, weight, ignored = options.pop("reduction"), options["weight"], options["ignore_index"]
     if len(labels) == 1 and func is F.cross_entropy:
-        loss: Tensor = func(scores[0], labels[0], reduction=reduction, **options)
-        return loss
+        return [func(scores[0], labels[0], reduction=reduction, **options)]
     losses, weights = [], []
     for given, classes in zip(scores, labels, strict=True):
         known = classes != ignored
@@ -76,10 +78,12 @@ def class_loss(
             each = torch.lerp(each, _uniform_loss(given, weight).where(known, 0.0), smoothing)
         losses.append(each)
         weights.append(known.to(each.dtype) if weight is None else weight[classes.where(known, 0)] * known)
+    if reduction == "none" and not isinstance(share, Tensor):
+        return losses
     loss = weighed(losses, share)
     if reduction == "mean":
-        return loss.sum() / weighed(weights, share).sum()
-    return loss.sum() if reduction == "sum" else loss
+        return [loss.sum() / weighed(weights, share).sum()]
+    return [loss.sum() if reduction == "sum" else loss]
 
 
 def _uniform_loss(scores: Tensor, weight: Tensor | None) -> Tensor:
