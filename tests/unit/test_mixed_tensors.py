@@ -28,6 +28,11 @@ def logits() -> Tensor:
     return torch.randn(6, CLASSES, generator=torch.Generator().manual_seed(0)).requires_grad_()
 
 
+def smoothed(target: MixedTensor, smoothing: float) -> MixedTensor:
+    target.smoothing = smoothing
+    return target
+
+
 def focal(x: Tensor, y: Tensor) -> Tensor:
     p = F.softmax(x, 1).gather(1, y.unsqueeze(1)).squeeze(1)
     return (-((1 - p) ** 2) * p.log()).mean()
@@ -127,7 +132,7 @@ def test_losses_that_cannot_tell_samples_apart_are_refused(loss):
 @pytest.mark.parametrize("kind", ["cross_entropy", "nll_loss"])
 def test_class_weights_and_ignored_labels_count_as_in_the_formula(kind: str, share, smoothing: float, weight):
     x, ignored = logits(), torch.tensor([0, 3, -1, 1, 3, -1])
-    target = mix_targets(ignored, share, PARTNERS, Marks("both", smoothing=smoothing))
+    target = smoothed(mix_targets(ignored, share, PARTNERS, Marks("both")), smoothing)
     scores = x if kind == "cross_entropy" else F.log_softmax(x, 1)
     loss = getattr(F, kind)(scores, target, weight=weight, ignore_index=-1)
     shares = share.tolist() if isinstance(share, Tensor) else [share] * 6
@@ -157,14 +162,14 @@ SMOOTHED = ["cross-entropy", "sum", "none", "nll", "old arguments", "binary of o
 @pytest.mark.parametrize("loss", SMOOTHED)
 def test_labels_are_smoothed_in_losses_that_take_probabilities(loss: str, share):
     x = logits()
-    given = ANY[loss](x, mix_targets(OWN, share, PARTNERS, Marks("both", smoothing=0.2)))
+    given = ANY[loss](x, smoothed(mix_targets(OWN, share, PARTNERS, Marks("both")), 0.2))
     soft = mix_labels(OWN, share, PARTNERS, classes=CLASSES, smoothing=0.2)
     expected = F.binary_cross_entropy_with_logits(x, soft) if "binary" in loss else F.cross_entropy(x, soft)
     torch.testing.assert_close(seen(given), expected * (6 if loss == "sum" else 1))
 
 
 def test_smoothing_alone_is_that_of_torch_to_the_bit():
-    x, target = logits(), mixed([OWN], 1.0, Marks("LabelSmoothing()", smoothing=0.1), classes=True)
+    x, target = logits(), smoothed(mixed([OWN], 1.0, Marks("LabelSmoothing()"), classes=True), 0.1)
     for options in ({}, {"weight": WEIGHT, "ignore_index": 0}, {"reduction": "none"}):
         assert torch.equal(seen(F.cross_entropy(x, target, **options)), F.cross_entropy(x, OWN, label_smoothing=0.1, **options))
     assert torch.equal(
@@ -176,14 +181,14 @@ def test_smoothing_alone_is_that_of_torch_to_the_bit():
 
 @pytest.mark.parametrize("loss", ["gathered", "focal", "multi-margin", "binary", "margin by index", "of embeddings"])
 def test_losses_whose_labels_cannot_be_smoothed_are_refused(loss: str):
-    for target in (mixed([OWN], 1.0, Marks("LabelSmoothing()", smoothing=0.1), classes=True),
-                   mix_targets(OWN, 0.6, PARTNERS, Marks("MixUp()", "LabelSmoothing()", smoothing=0.1))):  # fmt: skip
+    for target in (smoothed(mixed([OWN], 1.0, Marks("LabelSmoothing()"), classes=True), 0.1),
+                   smoothed(mix_targets(OWN, 0.6, PARTNERS, Marks("MixUp()", "LabelSmoothing()")), 0.1)):  # fmt: skip
         with pytest.raises(errors.TrickError, match=r"LabelSmoothing\(\) smooths labels in `cross_entropy`, `nll_loss` and `one_hot`"):
             ANY[loss](logits(), target)
 
 
 def test_labels_are_never_smoothed_twice():
-    target = mixed([OWN], 1.0, Marks("LabelSmoothing()", smoothing=0.1), classes=True)
+    target = smoothed(mixed([OWN], 1.0, Marks("LabelSmoothing()"), classes=True), 0.1)
     with pytest.raises(errors.TrickError, match=r"LabelSmoothing\(\) and `cross_entropy\(label_smoothing=0.2\)`.*Remove one"):
         nn.CrossEntropyLoss(label_smoothing=0.2)(logits(), target)
 

@@ -171,6 +171,24 @@ def test_inputs_and_several_targets_are_found_by_name():
         assert torch.equal(given["picture"], next(x for x, y in Loader() if torch.equal(y, given["digit"])))
 
 
+def test_only_the_labels_that_are_named_are_smoothed():
+    batches = [other_names(batch) for batch in Loader()]
+    mixing = lt.MixUp(1.0, item="picture", target=["digit", "odd"])
+    for tricks in ((lt.LabelSmoothing(0.2, target="digit"),), (lt.LabelSmoothing(0.2, target="digit"), mixing)):
+        module = train(*tricks, batches=batches, probe=Named)
+        for got, loss in zip(module.got, module.returned, strict=True):
+            scores, share = module.net(got["picture"]), got["digit"].share
+            expected = sum(
+                part
+                * (
+                    F.cross_entropy(scores, each, label_smoothing=0.2)
+                    + F.binary_cross_entropy_with_logits(scores[:, 0], (each % 2).float())
+                )
+                for part, each in zip((share, 1 - share), got["digit"].branches, strict=False)
+            )
+            torch.testing.assert_close(loss, expected.detach())
+
+
 def test_maps_are_cut_as_their_images_are():
     maps = [(x, (x.squeeze(1) > 0).long(), x * 2) for x, _ in Loader()]
 

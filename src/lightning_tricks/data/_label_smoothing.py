@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  # as torch's own documentation calls it
+from torch.utils._pytree import tree_leaves
 
 from lightning_tricks._core.checks import check_count, check_in_interval
 from lightning_tricks._core.lightning import STEP_OUTPUT, LightningModule, Trainer, callbacks_of, logs_now, override
@@ -112,19 +113,16 @@ class LabelSmoothing(TargetTrick):
 
     @override
     def change(self, trainer: Trainer, batch: Any, key: int) -> Any:
-        marks = Marks(repr(self), smoothing=self.smoothing)
+        found = next((leaf for leaf in tree_leaves(batch) if isinstance(leaf, MixedTensor)), None)
+        marks = Marks() if found is None else found.marks  # of the batch, if something is mixed in it
+        marks.tricks.append(repr(self))
         for place, labels in zip(self.places, self.targets(batch), strict=True):
-            plain = labels.branches[0] if isinstance(labels, MixedTensor) else labels
-            if plain.is_floating_point() or plain.dtype == torch.bool:
-                msg = (
-                    f"{self!r} smooths indices of classes, and the targets at {place!r} are of {plain.dtype}. Smooth them in the data set."
-                )
+            branches, share = (labels.branches, labels.share) if isinstance(labels, MixedTensor) else ((labels,), 1.0)
+            if branches[0].is_floating_point() or branches[0].dtype == torch.bool:
+                kind = branches[0].dtype
+                msg = f"{self!r} smooths indices of classes, and the targets at {place!r} are of {kind}. Smooth them in the data set."
                 raise TrickError(msg)
-            if isinstance(labels, MixedTensor):
-                labels.marks.smoothing = self.smoothing
-                labels.marks.tricks.append(repr(self))
-            else:
-                batch = replaced(batch, place, mixed([labels], 1.0, marks, classes=True))
+            batch = replaced(batch, place, mixed(branches, share, marks, classes=True, smoothing=self.smoothing))
         return batch
 
     @override

@@ -37,9 +37,8 @@ _ENDS: tuple[Callable[..., Any], ...] = (Tensor.backward, torch.autograd.grad, T
 class Marks:
     """What is done to the targets of a batch; shared by all tensors that follow from them."""
 
-    def __init__(self, *tricks: str, smoothing: float = 0.0) -> None:
+    def __init__(self, *tricks: str) -> None:
         self.tricks = [*tricks]
-        self.smoothing = smoothing
         self.alive = True  # until the training step ends
         self.reached = False  # by a backward pass
 
@@ -52,6 +51,7 @@ class MixedTensor(Tensor):
         share: λ, the weight of the first of two branches.
         visible: What is seen, unless it is the first branch.
         classes: Whether these are indices of classes, which have to be mixed or smoothed yet.
+        smoothing: ε of these.
         marks: What is shared by all that follows from the same batch.
     """
 
@@ -59,6 +59,7 @@ class MixedTensor(Tensor):
     share: Share
     visible: Tensor | None
     classes: bool
+    smoothing: float
     marks: Marks
 
     @classmethod
@@ -67,12 +68,21 @@ class MixedTensor(Tensor):
         return _evaluate(func, args, kwargs or {})
 
 
-def mixed(branches: Sequence[Tensor], share: Share, marks: Marks, *, visible: Tensor | None = None, classes: bool = False) -> MixedTensor:
+def mixed(
+    branches: Sequence[Tensor],
+    share: Share,
+    marks: Marks,
+    *,
+    visible: Tensor | None = None,
+    classes: bool = False,
+    smoothing: float = 0.0,
+) -> MixedTensor:
     """Let one tensor stand for others of its shape."""
     shown = weighed(branches, share) if branches[0].requires_grad else branches[0] if visible is None else visible
     with torch._C.DisableTorchFunctionSubclass():
         tensor = shown.as_subclass(MixedTensor)
-    tensor.branches, tensor.share, tensor.visible, tensor.classes, tensor.marks = tuple(branches), share, visible, classes, marks
+    tensor.branches, tensor.share, tensor.visible, tensor.marks = tuple(branches), share, visible, marks
+    tensor.classes, tensor.smoothing = classes, smoothing
     return tensor
 
 
@@ -141,7 +151,7 @@ def _without_gradients(func: Any, args: Sequence[Any], given: Sequence[MixedTens
     shares = _shares(name, args, given, call, shown)
     looked_up = name == "__getitem__" and not isinstance(args[0], MixedTensor)  # in a table of weights, or of other classes
     follows = name in _CONVERSIONS | _LAYOUTS | _ELEMENTWISE and not looked_up
-    classes = any(each.classes for each in given)
+    classes, smoothing = any(each.classes for each in given), max(each.smoothing for each in given)
 
     def join(visible: Any, share: Any, *branches: Any) -> Any:
         if not isinstance(visible, Tensor):
@@ -149,10 +159,11 @@ def _without_gradients(func: Any, args: Sequence[Any], given: Sequence[MixedTens
         floating = branches[0].is_floating_point()
         if (apart and not floating) or (count == 1 and branches[0].dtype == torch.bool):
             return visible  # what is mixed already is so no longer
-        if classes and floating and name in _CONVERSIONS and not marks.smoothing and share is not None:  # numbers, which are mixed
+        if classes and floating and name in _CONVERSIONS and not smoothing and share is not None:  # numbers, which are mixed
             return mixed([weighed(branches, share)], 1.0, marks, visible=visible)
         kept = follows or not (floating or branches[0].dtype == torch.bool)
-        return mixed(branches, share, marks, visible=visible if apart else None, classes=classes and kept)
+        kept = kept and classes
+        return mixed(branches, share, marks, visible=visible if apart else None, classes=kept, smoothing=kept * smoothing)
 
     return _zipped(join, shown, shares, *results)
 
@@ -198,7 +209,7 @@ def _one_hot(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
             target.copy_(rows[0])
     if len(rows) > 1 and share is None:
         _refuse_shares(func, labels.marks)
-    soft = soft_rows(rows, share, smoothing=labels.marks.smoothing, dim=dim)
+    soft = soft_rows(rows, share, smoothing=labels.smoothing, dim=dim)
     return mixed([soft], 1.0, labels.marks, visible=rows[0])
 
 
@@ -222,7 +233,7 @@ def _with_gradients(
         loss = _class_loss(func, args, kwargs)
         if loss is not None:
             return loss
-    if marks.smoothing and any(each.classes for each in given):
+    if any(each.classes and each.smoothing for each in given):
         msg = (
             f"{' and '.join(marks.tricks)} smooths labels in `cross_entropy`, `nll_loss` and `one_hot`, and `training_step` computes its "
             f"loss by handing them to `{func.__name__}`. Use one of these, or smooth there and remove the callback."
@@ -282,17 +293,17 @@ def _class_loss(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mix
         return None
     if isinstance(scores, MixedTensor) and len(scores.branches) > len(labels.branches):
         return None
-    marks, own = labels.marks, options.get("label_smoothing", 0.0)
-    if marks.smoothing and own:
+    marks, smoothing, own = labels.marks, labels.smoothing, options.get("label_smoothing", 0.0)
+    if smoothing and own:
         msg = (
             f"{' and '.join(marks.tricks)} and `cross_entropy(label_smoothing={own})` in `training_step` would both smooth labels. "
             "Remove one."
         )
         raise TrickError(msg)
-    if marks.smoothing and func is F.cross_entropy:
-        options["label_smoothing"] = marks.smoothing
+    if smoothing and func is F.cross_entropy:
+        options["label_smoothing"] = smoothing
     if len(labels.branches) > 1 and labels.share is None:
         _refuse_shares(func, marks)
     inputs = [_branch(number)(scores) if isinstance(scores, MixedTensor) else scores for number in range(len(labels.branches))]
-    losses = class_loss(func, inputs, labels.branches, labels.share, smoothing=marks.smoothing, options=options)
+    losses = class_loss(func, inputs, labels.branches, labels.share, smoothing=smoothing, options=options)
     return mixed(losses, labels.share, marks)

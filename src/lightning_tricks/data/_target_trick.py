@@ -7,11 +7,11 @@ from inspect import Signature, signature
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_map, tree_map_only
 from torchmetrics import Metric
 
 from lightning_tricks._core.lightning import LightningModule, Trainer, override
-from lightning_tricks.data._batches import BatchTrick, describe, find
+from lightning_tricks.data._batches import BatchTrick, describe, find, replaced
 from lightning_tricks.data._mixed_tensors import Marks, MixedTensor, seen
 from lightning_tricks.errors import ArgumentError, TrickError
 
@@ -74,6 +74,13 @@ class TargetTrick(BatchTrick):
             self._step.tricks.append(self)
 
     @override
+    def _change(self, trainer: Trainer, batch: Any) -> Any:
+        batch = super()._change(trainer, batch)
+        assert self._step is not None
+        self._step.note({place: find(batch, place) for place in self.places})
+        return batch
+
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         metrics = [] if self.is_neutral else [part for part in pl_module.modules() if isinstance(part, Metric)]
         self._handles += [metric.register_forward_pre_hook(_reveal, with_kwargs=True) for metric in metrics]
@@ -101,6 +108,7 @@ class _Step:
         self.before: Any = vars(module).get("training_step")
         self.own: Callable[..., Any] = module.training_step
         self.tricks: list[TargetTrick] = []
+        self.marked: dict[int | str, MixedTensor] = {}  # targets of the batch, by their places in it
         vars(module)["training_step"] = self
 
     # What Lightning looks at
@@ -123,11 +131,21 @@ class _Step:
         else:
             vars(self.module)["training_step"] = self.before
 
+    def note(self, targets: Mapping[int | str, Any]) -> None:
+        """Remember what stands for targets in the batch that comes."""
+        for place, target in targets.items():
+            self.marked.pop(place, None)
+            if isinstance(target, MixedTensor):
+                self.marked[place] = target
+
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        everything = tree_leaves((arguments, options))
-        batch = arguments[0] if arguments else options.get("batch")
-        everything += [find(batch, place) for trick in self.tricks for place in trick.places]
-        at_work = list({id(each.marks): each.marks for each in everything if isinstance(each, MixedTensor)}.values())
+        at_work = list({id(each.marks): each.marks for each in self.marked.values()}.values())
+        if at_work:
+            given = arguments[0] if arguments else options["batch"]
+            for place, target in self.marked.items():
+                if find(given, place) is not target:  # since DeepSpeed hands over copies, which have lost their marks
+                    given = replaced(given, place, target)
+            arguments, options = ((given, *arguments[1:]), options) if arguments else (arguments, {**options, "batch": given})
         for marks in at_work:
             marks.alive, marks.reached = True, False
         try:
