@@ -11,6 +11,7 @@ import pytest
 import torch
 import torchmetrics
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -206,6 +207,31 @@ def test_maps_are_cut_as_their_images_are():
         train(lt.CutMix(1.0), step=step, batches=[(x, y[:, ::2, ::2]) for x, y, _ in maps])
 
 
+class Regressor(Probe):
+    def forward(self, x):
+        return self.net(x)[:, 0]
+
+    def training_step(self, batch):
+        self.got.append(batch)
+        return F.mse_loss(self(batch[0]), batch[1])
+
+
+def test_standardized_targets_are_mixed_in_any_order_of_the_list():
+    numbers = [(x, 100 + 5 * y.float()) for x, y in Loader()]
+    center, scale = (value(torch.cat([y for _, y in numbers])) for value in (torch.mean, lambda y: y.std(correction=0)))
+    runs = []
+    for order in (1, -1):
+        tricks = [lt.TargetStandardization(), lt.MixUp(1.0)][::order]
+        module = train(*tricks, batches=numbers, probe=Regressor, limit_val_batches=0)
+        runs.append(module.returned)
+        for (x, y), loss in zip(module.got, module.returned, strict=True):
+            (soft,) = y.branches
+            assert soft.abs().max() < 5
+            assert (soft * scale + center).min() > 99
+            torch.testing.assert_close(loss, F.mse_loss(module.net(x)[:, 0], soft).detach())
+    torch.testing.assert_close(runs[0], runs[1])
+
+
 class Manual(Probe):
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -360,6 +386,19 @@ def test_what_is_drawn_leaves_the_random_state_alone_and_differs_by_seed(monkeyp
     train()
     assert all(torch.equal(state, torch.get_rng_state()) for state in states)
     assert shares[0] == shares[1] != shares[2]
+
+
+class Copying(SingleDeviceStrategy):
+    """Hands a step copies of its batch, as DeepSpeed does under ZeRO-3."""
+
+    def training_step(self, batch, *arguments):
+        return super().training_step([seen(each) if isinstance(each, MixedTensor) else each for each in batch], *arguments)
+
+
+def test_targets_keep_their_marks_where_a_strategy_copies_the_batch():
+    tricks = lt.MixUp(1.0), lt.LabelSmoothing(0.2)
+    copied = train(*copy.deepcopy(tricks), strategy=Copying(torch.device("cpu")))
+    assert copied.returned == train(*tricks).returned
 
 
 class Copies(Callback):

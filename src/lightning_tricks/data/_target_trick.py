@@ -143,7 +143,7 @@ class _Step:
         if at_work:
             given = arguments[0] if arguments else options["batch"]
             for place, target in self.marked.items():
-                if find(given, place) is not target:  # since DeepSpeed hands over copies, which have lost their marks
+                if not hasattr(find(given, place), "marks"):  # as DeepSpeed hands over copies, which have lost them
                     given = replaced(given, place, target)
             arguments, options = ((given, *arguments[1:]), options) if arguments else (arguments, {**options, "batch": given})
         for marks in at_work:
