@@ -9,7 +9,10 @@ from lightning_tricks.averaging._latest_weight_averaging import LatestWeightAver
 from lightning_tricks.averaging._polyak_averaging import PolyakAveraging
 from lightning_tricks.averaging._post_hoc_ema import PostHocEMA
 from lightning_tricks.data._batch_augmentation import BatchAugmentation
+from lightning_tricks.data._cut_mix import CutMix
 from lightning_tricks.data._input_standardization import InputStandardization
+from lightning_tricks.data._label_smoothing import LabelSmoothing
+from lightning_tricks.data._mix_up import MixUp
 from lightning_tricks.data._target_standardization import TargetStandardization
 from lightning_tricks.diagnostics._fit_diagnosis import FitDiagnosis
 from lightning_tricks.diagnostics._gradient_flow import GradientFlow
@@ -39,6 +42,7 @@ __all__ = [
     "BatchNormFreeze",
     "BatchNormRefresh",
     "CheckpointEnsemble",
+    "CutMix",
     "DropBlock",
     "DropConnect",
     "Dropout",
@@ -50,8 +54,10 @@ __all__ = [
     "GradientFlow",
     "Initialization",
     "InputStandardization",
+    "LabelSmoothing",
     "LatestWeightAveraging",
     "LinearProbe",
+    "MixUp",
     "NormSwap",
     "OptimizerFactory",
     "PolyakAveraging",

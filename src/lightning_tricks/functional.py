@@ -7,7 +7,10 @@ from lightning_tricks.averaging._power_ema import power_ema_decay, power_ema_gam
 from lightning_tricks.averaging._snapshots import synthesize_ema
 from lightning_tricks.averaging._soup import Soup, greedy_soup, uniform_soup
 from lightning_tricks.data._augmenting import augment
+from lightning_tricks.data._cut_mix import cut_mix, cut_mix_box
 from lightning_tricks.data._input_standardization import standardize_inputs
+from lightning_tricks.data._label_smoothing import smooth_labels
+from lightning_tricks.data._mix_up import mix_labels, mix_up
 from lightning_tricks.data._standardizer import remove_standardization
 from lightning_tricks.data._statistics import StandardizationStatistics, standardization_statistics, whitening_matrix
 from lightning_tricks.data._target_standardization import standardize_targets
@@ -63,6 +66,8 @@ __all__ = [
     "averaged_state_dict",
     "brier_score",
     "combine_predictions",
+    "cut_mix",
+    "cut_mix_box",
     "decay_weights_",
     "decompose_uncertainty",
     "diagnose_fit",
@@ -78,6 +83,8 @@ __all__ = [
     "loss_landscape",
     "make_self_normalizing",
     "mc_dropout",
+    "mix_labels",
+    "mix_up",
     "power_ema_decay",
     "power_ema_gamma",
     "power_ema_sigma_rel",
@@ -92,6 +99,7 @@ __all__ = [
     "remove_weight_normalization",
     "remove_weight_standardization",
     "replace_head",
+    "smooth_labels",
     "standardization_statistics",
     "standardize_inputs",
     "standardize_targets",

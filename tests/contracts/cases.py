@@ -157,6 +157,29 @@ WATCHING_SKIPS = {
     "remove": "a callback that changes no module has nothing to remove",
 }
 
+MIXING_WRONG = (
+    ({"alpha": -0.1}, "`alpha` must lie in [0, ∞), got -0.1."),
+    ({"alpha": float("inf")}, "got inf"),
+    ({"alpha": "0.2"}, "got '0.2'"),
+    ({"per": "pair"}, "`per` must be one of 'batch', 'sample', got 'pair'"),
+    ({"probability": 1.5}, "`probability` must lie in [0, 1], got 1.5."),
+    ({"start": -1}, "`start` must be an int of optimizer steps, or a text such as '500 steps'"),
+    ({"stop": "late"}, "got 'late'"),
+    ({"start": 5, "stop": 4}, "`stop` must come after `start`, got start=5 and stop=4."),
+    ({"item": 0.5}, "`item` must be an index or a key in a batch"),
+    ({"target": None}, "`target` must be an index or a key in a batch, or a list of these, got None."),
+    ({"target": []}, "got []"),
+    ({"target": True}, "got True"),
+    ({"name": "two words"}, "`name` must be a word"),
+)
+
+MIXING_SKIPS = {
+    "lends": "what training sees changes the weights themselves, and evaluations see what was trained",
+    "ranks alike": "ranks mix their samples independently of each other, so that two do not train as one",
+    "pooled": "statistics of normalization layers are left to training",
+    "remove": "a callback that changes no module has nothing to remove",
+}
+
 CASES = [
     Case(
         lt.EMA,
@@ -829,5 +852,26 @@ CASES = [
             "tensor parallel": "the model of that check has no module of this name",
             "remove": "a callback that changes no module has nothing to remove",
         },
+    ),
+    Case(lt.MixUp, acting={"alpha": 0.8}, neutral={"alpha": 0.0}, wrong=MIXING_WRONG, skips=MIXING_SKIPS),
+    Case(
+        lt.CutMix,
+        acting={"alpha": 1.0, "per": "sample"},
+        neutral={"alpha": 1.0, "probability": 0.0},
+        wrong=MIXING_WRONG,
+        skips=MIXING_SKIPS,
+    ),
+    Case(
+        lt.LabelSmoothing,
+        acting={"smoothing": 0.2},
+        neutral={"smoothing": 0.0},
+        wrong=(
+            ({"smoothing": -0.1}, "`smoothing` must lie in [0, 1], got -0.1."),
+            ({"smoothing": 1.5}, "got 1.5"),
+            ({"smoothing": "0.1"}, "got '0.1'"),
+            ({"target": 0.5}, "`target` must be an index or a key in a batch, or a list of these, got 0.5."),
+            ({"name": "two words"}, "`name` must be a word"),
+        ),
+        skips={name: reason for name, reason in MIXING_SKIPS.items() if name != "ranks alike"},
     ),
 ]

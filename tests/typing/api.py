@@ -112,6 +112,9 @@ lt.diagnostics.loss_landscape(nn.Linear(1, 1), [], loss=lambda model, batch: mod
 picture: Path = landscape.plot("landscape.png", label="before", others={"after": landscape})
 lt.FeatureNoise(0.1, where="body")
 lt.FeatureNoise(schedules.Linear(0.3, final=0.0), where=["body.*"], exclude="head", kind="additive", relative=True, at="input", name="slow")
+lt.MixUp(0.4, per="sample", probability=0.5, start="5 epochs", stop="90%", item="image", target=["label", 2], name="slow")
+lt.CutMix(per="batch", probability=0.5, start=10, stop=None, item=0, target=1, name="slow")
+lt.LabelSmoothing(0.1, target="label", name="slow")
 lt.DropBlock(schedules.Linear(0.0, final=0.1), block_size=5, where="layer4", exclude=["*.bn1"], per="sample", name="slow")
 lt.FractionalMaxPool()
 lt.FractionalMaxPool(1.4, where=["features"], exclude="head", mode="pseudorandom", overlapping=False, samples=4, name="slow")
@@ -202,6 +205,10 @@ functional.standardize_targets(model, {"mean": torch.zeros(2), "variance": torch
 functional.remove_standardization(model)
 swapped: Mapping[str, str] = functional.swap_activation(model, "relu", nn.GELU, where="body").swapped
 alpha: Mapping[str, float] = functional.make_self_normalizing(model, source=["relu"], seed=0).dropouts
+between: torch.Tensor = functional.mix_up(torch.ones(2, 3), torch.tensor([0.2, 0.8]), torch.tensor([1, 0]))
+soft: torch.Tensor = functional.mix_labels(torch.tensor([0, 2]), 0.7, torch.tensor([1, 0]), classes=3, smoothing=0.1)
+pasted: torch.Tensor = functional.cut_mix(torch.ones(2, 8, 8), functional.cut_mix_box(8, 8, 0.5, (3, 4))[0], torch.tensor([1, 0]))
+smooth: torch.Tensor = functional.smooth_labels(torch.tensor([0, 2]), classes=3, smoothing=0.1)
 drawn = functional.initialize(model, "lsuv", batches=[torch.zeros(2, 2)], forward=model, tolerance=0.1)
 spread: float | None = drawn.layers["0"].after
 every_schedule: list[schedules.Schedule] = [
