@@ -10,6 +10,7 @@ from lightning_tricks.averaging._polyak_averaging import PolyakAveraging
 from lightning_tricks.averaging._post_hoc_ema import PostHocEMA
 from lightning_tricks.data._input_standardization import InputStandardization
 from lightning_tricks.data._target_standardization import TargetStandardization
+from lightning_tricks.ensembling._snapshot_ensemble import SnapshotEnsemble
 from lightning_tricks.normalization._activation_swap import ActivationSwap
 from lightning_tricks.normalization._batch_norm_freeze import BatchNormFreeze
 from lightning_tricks.normalization._batch_norm_refresh import BatchNormRefresh
@@ -41,6 +42,7 @@ __all__ = [
     "OptimizerFactory",
     "PolyakAveraging",
     "PostHocEMA",
+    "SnapshotEnsemble",
     "StochasticDepth",
     "TargetStandardization",
     "WeightDecay",

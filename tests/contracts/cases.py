@@ -119,6 +119,36 @@ STANDARDIZATION_SKIPS = {
     "remove": "statistics belong to the model, which keeps them after the fit",
 }
 
+ENSEMBLE_WRONG = (
+    ({"members": 0}, "`members` must be a whole number of at least 1, got 0."),
+    ({"members": 2.0}, "got 2.0"),
+    ({"members": True}, "got True"),
+    ({"combine": "median"}, "`combine` must be one of 'probabilities', 'logits', 'vote', 'mean', got 'median'"),
+    ({"output": "scores"}, "`output` must be one of 'logits', 'probabilities', got 'scores'"),
+    ({"combine": "logits", "output": "probabilities"}, "`combine='logits'` must have members that return logits"),
+    ({"class_dim": 0}, "`class_dim` must be the dimension of the classes, such as 1 or -1, and not 0, which is the batch, got 0."),
+    ({"class_dim": 1.0}, "got 1.0"),
+    ({"target": ""}, "`target` must be the name of a module such as 'net.head', or None for the model's `forward`, got ''."),
+    ({"weights": "best"}, "`weights` must be one of 'current', 'average', got 'best'"),
+    ({"refresh_batch_norm": 0}, "`refresh_batch_norm` must be a number of batches of at least 1, 'all', or None"),
+    ({"refresh_batch_norm": True}, "got True"),
+    ({"evaluate": "both"}, "`evaluate` must be one of True, False, 'members', got 'both'"),
+    ({"measure": 1}, "`measure` must be one of True, False, got 1"),
+    ({"item": 0.5}, "`item` must be an index or a key in a batch"),
+    ({"memory": "gpu"}, "`memory` must be one of 'cpu', 'disk', got 'gpu'"),
+    ({"dirpath": "s3://bucket/members"}, "`dirpath` must be a path of the file system"),
+    ({"name": "two words"}, "`name` must be a word"),
+)
+
+ENSEMBLE_SKIPS = {
+    "deepspeed": "the engine gathers and updates weights of its own, so the callback refuses it",
+    "fsdp1": "parameters are melted into flat ones, in which no member's can be lent, so the callback refuses it",
+    "lends": "members are lent within the forward pass alone, and the module holds the weights of training",
+    "pooled": "statistics of normalization layers are left to training",
+    "tensor parallel": "the model of that check has no `forward`",
+    "remove": "a callback that changes no module has nothing to remove",
+}
+
 CASES = [
     Case(
         lt.EMA,
@@ -612,5 +642,21 @@ CASES = [
             "ranks alike": "ranks draw masks independently of each other, so that two do not train as one",
             "pooled": "statistics of normalization layers are left to training",
         },
+    ),
+    Case(
+        lt.SnapshotEnsemble,
+        acting={"members": 3},
+        neutral={"schedule": None, "evaluate": False},
+        wrong=(
+            ({"members": 3, "cycles": 2}, "`cycles` must be at least `members`, each of which takes one, got cycles=2 and members=3."),
+            ({"cycles": 0}, "`cycles` must be a whole number of at least 1, got 0."),
+            ({"restart_lr": 0}, "`restart_lr` must lie in (0, ∞), got 0."),
+            ({"restart_lr": "0.1"}, "got '0.1'"),
+            ({"schedule": "linear"}, "`schedule` must be one of 'cosine', None, got 'linear'"),
+            ({"schedule": None, "restart_lr": 0.1}, "`restart_lr` must be None where `schedule=None` leaves the learning rate alone"),
+            *ENSEMBLE_WRONG,
+        ),
+        nothing_matched=(({"target": "bdy"}, "`target='bdy'` names no module of Net, whose modules are 'body', 'body.0'"),),
+        skips=ENSEMBLE_SKIPS,
     ),
 ]

@@ -6,6 +6,7 @@ from lightning_tricks._core.trick import Trick
 
 PROMISES = {
     "deepspeed",
+    "fsdp1",
     "keys",
     "lends",
     "neutral",

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from lightning_tricks._core.lightning import Trainer
+
 __all__ = ["KeepsAverage", "find_average"]
 
 
@@ -20,6 +22,9 @@ class KeepsAverage(Protocol):
 
     def averaged_state_dict(self) -> dict[str, Tensor]:
         """Return the model's state dict with averaged weights, as copies; the raw ones where no average has begun."""
+
+    def _catch_up(self, trainer: Trainer) -> None:
+        """Make the updates that are due after this batch, if its own hook is yet to be called."""
 
 
 def find_average(callbacks: Iterable[object], *, trick: str) -> KeepsAverage:

@@ -239,14 +239,17 @@ class WeightAverage(SwappingTrick):
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int) -> None:
-        if trainer.is_last_batch:  # before the validation that follows, unlike `on_train_epoch_end`
-            self._end_epoch(trainer)
+        self._catch_up(trainer)
         if logs_now(trainer) and (track := next((track for track in self._seen().tracks if track.begun is not None), None)):
             pl_module.log_dict({f"{self.log_prefix}/{key}": value for key, value in self._quantities(track).items()})
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._end_epoch(trainer)  # of an epoch cut short
+
+    def _catch_up(self, trainer: Trainer) -> None:
+        if trainer.is_last_batch:  # before the validation that follows, unlike `on_train_epoch_end`
+            self._end_epoch(trainer)
 
     def _end_epoch(self, trainer: Trainer) -> None:
         if self._cadence.ends_epoch(trainer.current_epoch):

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch.distributed.tensor import DTensor
 
 from lightning_tricks._core.averages import find_average
@@ -28,35 +26,25 @@ from lightning_tricks._core.lightning import (
     rank_zero_info,
     rank_zero_warn,
 )
-from lightning_tricks._core.strategies import plain_name, refuse_strategies, return_to_shards
+from lightning_tricks._core.state_dicts import write_parts
+from lightning_tricks._core.strategies import named_tensors, own_part, plain_name, refuse_strategies, return_to_shards
 from lightning_tricks._core.surgery import Patches
 from lightning_tricks._core.swapping import SwappingTrick
-from lightning_tricks._core.weights import using_weights
 from lightning_tricks.ensembling._answering import Answer
-from lightning_tricks.ensembling._combining import (
-    Combine,
-    Output,
-    Uncertainty,
-    check_combination,
-    combine_predictions,
-    decompose_uncertainty,
-)
+from lightning_tricks.ensembling._combining import Combine, Output, Uncertainty, check_combination
 from lightning_tricks.ensembling._ensemble import Ensemble
-from lightning_tricks.ensembling._measures import EnsembleMeasures
+from lightning_tricks.ensembling._evaluating import Combination, Evaluation
 from lightning_tricks.ensembling._store import MemberStore, members_folder
 from lightning_tricks.errors import ArgumentError, NothingMatchedError, TrickError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
-    from torch import Tensor, nn
+    from torch import nn
 
-    from lightning_tricks.ensembling._lending import Lending
     from lightning_tricks.ensembling._store import Facts, Member
 
 __all__ = ["EnsembleTrick"]
-
-_LABELS = ("labels", "label", "targets", "target", "y")
 
 
 class EnsembleTrick(SwappingTrick):
@@ -86,8 +74,8 @@ class EnsembleTrick(SwappingTrick):
         super().__init__(name)
         self.members = check_count("members", members)
         check_combination(combine, output)
-        self.combine, self.output = combine, output
-        self.class_dim = _check_dim(class_dim)
+        self.combine, self.output, self.class_dim = combine, output, _check_dim(class_dim)
+        self._combination = Combination(self.combine, self.output, self.class_dim)
         self.target = _check_target(target)
         self.weights = check_choice("weights", weights, ("current", "average"))
         self.refresh_batch_norm = _check_batches(refresh_batch_norm)
@@ -100,12 +88,7 @@ class EnsembleTrick(SwappingTrick):
         self._store: MemberStore | None = None
         self._patches = Patches()
         self._answer: Answer | None = None
-        self._lending: Lending[Member] | None = None  # during an evaluation, as what follows
-        self._measures: EnsembleMeasures | None = None
-        self._shards: set[int] = set()
-        self._labels: Tensor | None = None
-        self._batches = 0
-        self._predictions: Tensor | None = None
+        self._evaluation: Evaluation | None = None  # while there is one
 
     # What a subclass says
 
@@ -132,10 +115,11 @@ class EnsembleTrick(SwappingTrick):
         Raises:
             TrickError: If no members have predicted in this evaluation.
         """
-        if self._predictions is None:
+        predictions = None if self._evaluation is None else self._evaluation.predictions
+        if predictions is None:
             msg = f"{self!r} tells the uncertainty of the latest prediction of an evaluation, and members have made none. Predict first."
             raise TrickError(msg)
-        return decompose_uncertainty(self._predictions, combine=self.combine, output=self.output, class_dim=self.class_dim)
+        return self._combination.uncertainty(predictions)
 
     def to_ensemble(self) -> Ensemble:
         """Return the members as one module in evaluation mode, of copies of the model, or of its submodule `target`.
@@ -148,10 +132,9 @@ class EnsembleTrick(SwappingTrick):
             found = "the model's weights are spread over ranks" if members else "there are none yet"
             msg = f"{self!r} makes one module from its members, and {found}. Load a checkpoint in one process, or train longer."
             raise TrickError(msg)
-        assert self._store is not None
         copies = []
         for member in members:
-            state, twin = self._store.state_dict(member), copy.deepcopy(module)
+            state, twin = self._kept.state_dict(member), copy.deepcopy(module)
             own = {name: plain_name(name, compiled=False) for name in twin.state_dict()}
             twin.load_state_dict({name: state[plain] for name, plain in own.items() if plain in state}, strict=False)
             copies.append(self._target_in(twin))
@@ -161,6 +144,11 @@ class EnsembleTrick(SwappingTrick):
     @override
     def evaluation_owner(self) -> bool:
         return self.evaluate is not False
+
+    @property
+    def _kept(self) -> MemberStore:
+        assert self._store is not None  # from `setup` on
+        return self._store
 
     @property
     def _members(self) -> list[Member]:
@@ -188,12 +176,11 @@ class EnsembleTrick(SwappingTrick):
             find_average(callbacks_of(trainer), trick=repr(self))
         if self._module is not pl_module or self._store is None or (stage == "fit" and trainer.global_step == 0):
             self._begin_anew(trainer, pl_module)
-        assert self._store is not None
         if stage == "fit":
-            self._store.folder = members_folder(trainer, self.dirpath, self.log_prefix)
-            self._store.watch(trainer, self._patches)
+            self._kept.folder = members_folder(trainer, self.dirpath, self.log_prefix)
+            self._kept.watch(trainer, self._patches)
             if trainer.is_global_zero:
-                self._store.sweep()
+                self._kept.sweep()
         if self.evaluate == "members" and stage in {"fit", "validate"}:
             loop = trainer.fit_loop.epoch_loop.val_loop if stage == "fit" else trainer.validate_loop
             self._patches.wrap(loop, "run", lambda run: partial(self._run_each, trainer, loop, run))
@@ -227,27 +214,36 @@ class EnsembleTrick(SwappingTrick):
 
     def _collect(self, trainer: Trainer, module: LightningModule, facts: Facts) -> None:
         """Make the model as it is now, or its average, a member; all ranks must call this."""
-        assert self._store is not None
         with self._as_member(trainer, module):
-            self._store.add(module, trainer, "member", facts)
+            self._kept.add(module, trainer, "member", facts)
         if len(self._members) > self.members:
-            self._store.drop(self._surplus(self._members), trainer)
+            self._kept.drop(self._surplus(self._members), trainer)
 
     @contextmanager
     def _as_member(self, trainer: Trainer, module: LightningModule) -> Iterator[None]:
         """Let the module hold, for a moment, what is to be collected."""
         return_to_shards(module)
-        lent = find_average(callbacks_of(trainer), trick=repr(self)).averaged_state_dict() if self.weights == "average" else {}
+        own, lent = named_tensors(module), {}
+        if self.weights == "average":
+            average = find_average(callbacks_of(trainer), trick=repr(self))
+            average._catch_up(trainer)
+            state = {plain_name(name): value for name, value in average.averaged_state_dict().items()}
+            lent = {name: own_part(value) for name, value in state.items() if name in own}
         norms = {} if self.refresh_batch_norm is None else select_batch_norms(module, "*", (), trick=repr(self))
         norms = {name: norm for name, norm in norms.items() if norm.training}  # others are frozen
         statistics = {id(buffer) for norm in norms.values() for buffer in norm.buffers(recurse=False)}
-        lent = {**{name: buffer.clone() for name, buffer in module.named_buffers() if id(buffer) in statistics}, **lent}
-        with using_weights(module, lent) if lent else nullcontext():
+        changing = [name for name, tensor in own.items() if name in lent or id(tensor) in statistics]
+        kept = {name: own_part(own[name]).clone() for name in changing}
+        try:
+            write_parts(module, lent)
             if norms:
                 batches = None if self.refresh_batch_norm == "all" else self.refresh_batch_norm
                 for name, values in measure_in_training(trainer, module, norms, batches)[0].items():
                     write_statistics(norms[name], *values)
             yield
+        finally:
+            return_to_shards(module)
+            write_parts(module, kept)
 
     @override
     def _settle(self, trainer: Trainer, module: LightningModule) -> None:
@@ -271,73 +267,25 @@ class EnsembleTrick(SwappingTrick):
         self._check_module(module)
         if self._answer is None:  # one for all evaluations, since compiled code knows it
             self._answer = Answer(self._target_in(module), repr(self))
-        self._batches = 0
-        if not self._members:
-            if trainer.state.fn != "fit":
-                rank_zero_warn(f"{self!r} has no members of this model, which is evaluated as it is. Pass `ckpt_path`, or fit first.")
-            self._answer.begin(None)
-            return
-        assert self._store is not None
-        self._lending = self._store.lending(module, trainer)
-        self._measures = EnsembleMeasures(combine=self.combine, output=self.output, class_dim=self.class_dim) if self.measure else None
-        self._shards = {id(parameter) for parameter in self._answer.module.parameters() if isinstance(parameter, DTensor)}
-        self._answer.begin(partial(self._predict, trainer))
+        if not self._members and trainer.state.fn != "fit":
+            rank_zero_warn(f"{self!r} has no members of this model, which is evaluated as it is. Pass `ckpt_path`, or fit first.")
+        self._evaluation = Evaluation(
+            owner=repr(self),
+            trainer=trainer,
+            answer=self._answer,
+            members=self._members,
+            lending=self._kept.lending(module, trainer),
+            combination=self._combination,
+            measures=self._combination.measures() if self.measure else None,
+            item=self.item,
+        )
+        self._evaluation.begin()
 
     @override
     def _leave(self) -> None:
-        if self._answer is not None:
-            self._answer.end()
-        if self._lending is not None:
-            self._lending.hold(None)
-        self._lending, self._measures, self._labels, self._predictions = None, None, None, None
-
-    def _predict(self, trainer: Trainer, call: Callable[[], Tensor]) -> Tensor:
-        """Combine what the members predict; what measures statistics of training in between has the model's own weights."""
-        if trainer.training:
-            return call()
-        assert self._lending is not None
-        if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
-            msg = (
-                f"{self!r} lends the model weights for the length of a prediction, through which no gradient can be traced back, and "
-                "gradients are enabled. Predict under `torch.no_grad()`, or pass `evaluate=False`."
-            )
-            raise TrickError(msg)
-        predictions = []
-        try:
-            for member in self._members:
-                self._lending.hold(member)
-                self._check_shards()
-                predictions.append(call())
-        finally:
-            self._lending.hold(None)
-        self._predictions = torch.stack(predictions)
-        self._take_measures(self._predictions)
-        return combine_predictions(self._predictions, combine=self.combine, output=self.output, class_dim=self.class_dim)
-
-    def _check_shards(self) -> None:
-        assert self._answer is not None
-        if self._shards - {id(parameter) for parameter in self._answer.module.parameters()}:
-            msg = (
-                f"`target={self.target!r}` must be a module that is sharded on its own, or the whole model: it is called inside one that "
-                "has gathered its weights already. Name that one, or call `fully_shard` on the target."
-            )
-            raise TrickError(msg)
-        self._shards = set()
-
-    def _take_measures(self, predictions: Tensor) -> None:
-        if self._measures is None:
-            return
-        self._measures.to(predictions.device)
-        try:
-            self._measures.update(predictions, self._labels)
-        except ArgumentError:
-            if self._labels is None or self.item is not None:
-                raise
-            self._measures.update(predictions)  # what was found where labels often are is something else
-
-    def _see(self, batch: Any) -> None:
-        self._batches += 1
-        self._labels = labels_in(batch, self.item) if self._measures is not None else None
+        if self._evaluation is not None:
+            self._evaluation.end()
+        self._evaluation = None
 
     @override
     def on_validation_batch_start(
@@ -355,7 +303,11 @@ class EnsembleTrick(SwappingTrick):
     def on_predict_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._batches += 1
+        self._see(batch, labelled=False)
+
+    def _see(self, batch: Any, *, labelled: bool = True) -> None:
+        if self._evaluation is not None:
+            self._evaluation.see(batch, labelled=labelled)
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -367,29 +319,20 @@ class EnsembleTrick(SwappingTrick):
 
     @override
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._check_calls(pl_module)
+        if self._evaluation is not None:
+            self._evaluation.check_called(self.target)
 
     def _finish(self, module: LightningModule) -> None:
-        self._check_calls(module)
-        if self._measures is not None and self._predictions is not None:
-            values = {f"{self.log_prefix}/{key}": value for key, value in self._measures.compute().items()}
+        if self._evaluation is not None:
+            self._evaluation.check_called(self.target)
+            values = {f"{self.log_prefix}/{key}": value for key, value in self._evaluation.values().items()}
             module.log_dict(values, sync_dist=True)  # the same on all ranks already
-
-    def _check_calls(self, module: LightningModule) -> None:
-        if self._answer is not None and self._module is module and self._batches and not self._answer.calls and self.evaluation_owner:
-            name = "`forward`" if not self.target else f"{self.target!r}"
-            msg = (
-                f"{self!r} answers in the place of {name} of {type(module).__name__}, which this evaluation has never called, so that no "
-                "ensemble was evaluated. Name the module that your steps call by `target`, or pass `evaluate=False`."
-            )
-            raise TrickError(msg)
 
     def _run_each(self, trainer: Trainer, loop: Any, run: Callable[[], Any]) -> Any:
         """Validate each member aside, then all of them together as always."""
         module = self._module
         if self._members and module is trainer.lightning_module and self in callbacks_of(trainer) and not trainer.sanity_checking:
-            assert self._store is not None
-            lending = self._store.lending(module, trainer)
+            lending = self._kept.lending(module, trainer)
             try:
                 for i, member in enumerate(self._members):
                     lending.hold(member)
@@ -403,7 +346,7 @@ class EnsembleTrick(SwappingTrick):
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._store is not None and self._module is pl_module:
-            write_entry(checkpoint, self.state_key, repr(self), {"members": self._store.entries(), **self._pack()})
+            write_entry(checkpoint, self.state_key, repr(self), {"members": self._kept.entries(), **self._pack()})
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -413,28 +356,8 @@ class EnsembleTrick(SwappingTrick):
             if trainer.state.fn == "fit":
                 rank_zero_info(f"{self!r} found no members of its own in the checkpoint, and begins to collect.")
             return
-        assert self._store is not None
-        self._store.restore(entry["members"], pl_module, trainer)
+        self._kept.restore(entry["members"], pl_module, trainer)
         self._unpack(entry)
-
-
-def labels_in(batch: Any, item: int | str | None) -> Tensor | None:
-    """Return the labels in a batch: under an index or key, or else where they often are.
-
-    Raises:
-        TrickError: If there is nothing under the index or key.
-    """
-    if item is not None:
-        try:
-            found = batch[item]
-        except (LookupError, TypeError) as error:
-            msg = f"`item={item!r}` must name the labels in each batch, and a {type(batch).__name__} has nothing there. Pass another one."
-            raise TrickError(msg) from error
-    elif isinstance(batch, tuple | list):
-        found = batch[1] if len(batch) > 1 else None
-    else:
-        found = next((batch[key] for key in _LABELS if key in batch), None) if isinstance(batch, Mapping) else None
-    return found if isinstance(found, torch.Tensor) else None
 
 
 def _check_dim(value: int) -> int:
