@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+    from lightning.pytorch.utilities.data import extract_batch_size
     from lightning.pytorch.utilities.seed import isolate_rng
     from lightning.pytorch.utilities.types import STEP_OUTPUT
     from torch import nn
@@ -32,20 +33,28 @@ __all__ = [
     "Trainer",
     "callbacks_of",
     "defines",
+    "extract_batch_size",
     "is_averaging_callback",
+    "is_bystander",
+    "is_data_module",
+    "is_lightning_module",
     "is_lightning_module_class",
     "is_progress_bar",
     "is_pruning_callback",
     "is_rate_finder",
+    "is_trainer",
     "isolate_rng",
     "logs_now",
+    "overridden",
     "override",
     "rank_zero_info",
     "rank_zero_warn",
     "rng_states",
     "scales_gradients",
     "scheduled_accumulation",
+    "seed_process",
     "set_rng_states",
+    "trainer_class",
     "trainer_of",
     "wrapped",
 ]
@@ -87,6 +96,7 @@ if not TYPE_CHECKING:
         else type("Callback", tuple(lightning.Callback for lightning in _LIGHTNINGS), {"__module__": __name__})
     )
     MisconfigurationException = import_module(f"{_HOME.__name__}.utilities.exceptions").MisconfigurationException
+    extract_batch_size = import_module(f"{_HOME.__name__}.utilities.data").extract_batch_size
     isolate_rng = import_module(f"{_HOME.__name__}.utilities.seed").isolate_rng
     rank_zero_info = import_module(f"{_HOME.__name__}.utilities").rank_zero_info
     rank_zero_warn = import_module(f"{_HOME.__name__}.utilities").rank_zero_warn
@@ -104,6 +114,7 @@ _PRUNING: Final = _kinds("ModelPruning")
 _PROGRESS: Final = _kinds("ProgressBar")
 _ACCUMULATING: Final = _kinds("GradientAccumulationScheduler")
 _RATE_FINDING: Final = _kinds("LearningRateFinder")
+_BYSTANDING: Final = _kinds("ProgressBar", "ModelSummary", "Checkpoint", "LearningRateMonitor", "DeviceStatsMonitor", "Timer")
 
 
 def is_averaging_callback(callback: object) -> bool:
@@ -124,6 +135,40 @@ def is_progress_bar(callback: object) -> bool:
 def is_rate_finder(callback: object) -> bool:
     """Tell whether a callback is Lightning's own that searches for a learning rate, and sets it, before a fit."""
     return isinstance(callback, _RATE_FINDING)
+
+
+def is_bystander(callback: object) -> bool:
+    """Tell whether a callback is one of Lightning's own that show, time or save a training and do nothing to it."""
+    return isinstance(callback, _BYSTANDING)
+
+
+def is_lightning_module(value: object) -> bool:
+    """Tell whether something is a LightningModule, of whichever Lightning."""
+    return isinstance(value, _MODULES)
+
+
+def is_data_module(value: object) -> bool:
+    """Tell whether something is a LightningDataModule, of whichever Lightning."""
+    return isinstance(value, tuple(lightning.LightningDataModule for lightning in _LIGHTNINGS))
+
+
+def is_trainer(value: object) -> bool:
+    """Tell whether something is a Trainer, of whichever Lightning."""
+    return isinstance(value, tuple(lightning.Trainer for lightning in _LIGHTNINGS))
+
+
+def trainer_class(module: object) -> type[Trainer]:
+    """Return the Trainer of the Lightning that a LightningModule is of."""
+    kinds: list[type[Trainer]] = [lightning.Trainer for lightning in _LIGHTNINGS if isinstance(module, lightning.LightningModule)]
+    return kinds[0]
+
+
+def overridden(owner: object) -> set[str]:
+    """Return the names of Lightning's methods that the class of a LightningModule or LightningDataModule defines anew."""
+    kinds = [kind for lightning in _LIGHTNINGS for kind in (lightning.LightningModule, lightning.LightningDataModule)]
+    bases = [kind for kind in kinds if isinstance(owner, kind)]
+    own = [kind for kind in type(owner).__mro__ if not any(issubclass(base, kind) for base in bases)]
+    return {name for base in bases for name in dir(base) if not name.startswith("_") and any(name in vars(kind) for kind in own)}
 
 
 def is_lightning_module_class(kind: type) -> bool:
@@ -166,6 +211,11 @@ def rng_states() -> dict[str, Any]:
 def set_rng_states(states: dict[str, Any]) -> None:
     """Let random numbers be drawn as from the moment at which these states were taken."""
     _SEEDS._set_rng_states(states)
+
+
+def seed_process(seed: int) -> None:
+    """Seed the random numbers of torch, NumPy and Python, and those of loading processes and distributed samplers made from now on."""
+    _HOME.seed_everything(seed, workers=True, verbose=False)
 
 
 def logs_now(trainer: Trainer) -> bool:

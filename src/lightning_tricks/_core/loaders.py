@@ -15,7 +15,7 @@ from lightning_tricks._core.strategies import through_wrapper
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-__all__ = ["evaluate_batch", "move_batch", "training_pass", "untouched", "untouched_generators"]
+__all__ = ["evaluate_batch", "move_batch", "seed_generators", "training_pass", "untouched", "untouched_generators"]
 
 
 @contextmanager
@@ -24,11 +24,7 @@ def untouched(loaders: Iterable[Any]) -> Iterator[None]:
 
     That is the random state of the process, and the attributes and generators of the loaders, their samplers and their data sets.
     """
-    owners: dict[int, Any] = {}
-    for loader in loaders:
-        batch_sampler = getattr(loader, "batch_sampler", None)
-        parts = (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
-        owners |= {id(part): part for part in (*parts, getattr(loader, "dataset", None)) if hasattr(part, "__dict__")}
+    owners = {id(part): part for loader in loaders for part in _parts(loader)}
     kept = [(owner, dict(vars(owner))) for owner in owners.values()]
     for owner, attributes in kept:
         if "_iterator" in attributes:
@@ -40,6 +36,21 @@ def untouched(loaders: Iterable[Any]) -> Iterator[None]:
         for owner, attributes in kept:
             vars(owner).clear()
             vars(owner).update(attributes)
+
+
+def _parts(loader: Any) -> list[Any]:
+    """Return a loader, its samplers and its data set, as far as there are any."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    samplers = getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)
+    return [part for part in (loader, *samplers, getattr(loader, "dataset", None)) if hasattr(part, "__dict__")]
+
+
+def seed_generators(loaders: Iterable[Any], seed: int) -> None:
+    """Seed the generators that loaders, their samplers and their data sets hold."""
+    for part in (part for loader in loaders for part in _parts(loader)):
+        for value in vars(part).values():
+            if isinstance(value, torch.Generator):
+                value.manual_seed(seed)
 
 
 @contextmanager

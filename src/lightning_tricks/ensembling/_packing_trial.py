@@ -1,0 +1,76 @@
+"""A few steps of training in each way, which tell whether members may be packed, and whether that is faster."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from lightning_tricks._core.lightning import Callback, LightningModule, Trainer, callbacks_of, override
+from lightning_tricks.ensembling._ensemble import _tolerance
+from lightning_tricks.ensembling._packing import CannotPackError, PackedMembers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["time_steps"]
+
+
+class _EndOfTrialError(Exception):
+    """Ends a fit that has told enough."""
+
+
+class _Trial(Callback):
+    """Times steps, what Lightning does between them included, and compares what packed members compute with what each does alone."""
+
+    def __init__(self, steps: int) -> None:
+        self.times: list[float] = []
+        self._steps = steps
+        self._end: float | None = None
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._end is None and isinstance(pl_module, PackedMembers):
+            with trainer.precision_plugin.train_step_context():
+                _compare(pl_module, batch)
+        if self._steps == 0:
+            raise _EndOfTrialError
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        parameter = next(pl_module.parameters())
+        if parameter.device.type != "cpu":
+            parameter.flatten()[0].item()  # waits for the device
+        now = time.perf_counter()
+        if self._end is not None:
+            self.times.append(now - self._end)
+        self._end = now
+        if len(self.times) == self._steps:
+            raise _EndOfTrialError
+
+
+def _compare(packed: PackedMembers, batch: Any) -> None:
+    """Compare the members' losses with those that each computes alone, unless these are random."""
+    alone, again = ([packed.member_loss(member, batch, 0).detach() for member in range(packed.count)] for _ in range(2))
+    if any(one != other for one, other in zip(alone, again, strict=True)):
+        return
+    together = packed.losses(batch, 0)[0].detach()
+    for member, loss in enumerate(alone):
+        if (together[member] - loss).abs() > _tolerance(loss) * max(1.0, loss.abs().item()):
+            msg = f"mapping over the members gives other results: a loss of {together[member].item()} for {loss.item()} in member {member}"
+            raise CannotPackError(msg)
+
+
+def time_steps(trainer: Any, fit: Callable[[], None], steps: int) -> float:
+    """Begin a fit, and return the seconds that the fastest of its first steps took; infinity if it has too few to tell.
+
+    Raises:
+        CannotPackError: If it is of packed members, and they cannot take a step, or their losses are not those that they have alone.
+    """
+    trial = _Trial(steps)
+    callbacks_of(trainer)[:] = [trial]
+    trainer.loggers = []
+    trainer.limit_val_batches = trainer.num_sanity_val_steps = 0
+    with suppress(_EndOfTrialError):
+        fit()
+    return min(trial.times, default=float("inf"))
