@@ -38,7 +38,9 @@ from torchmetrics.functional.classification import binary_auroc, binary_roc
 from typing_extensions import override
 
 import lightning_tricks as lt
+from lightning_tricks.ensembling import train_ensemble
 
+Batch = Sequence[Tensor]  # images and labels
 Predict = Callable[[Tensor], Tensor]  # from images to probabilities
 Sets = dict[str, tuple[Tensor, Tensor]]  # images and labels to test on
 Row = dict[str, Any]  # of the table
@@ -64,7 +66,7 @@ class Net(LightningModule):
         return self.layers(images)
 
     @override
-    def training_step(self, batch: Sequence[Tensor]) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         return cross_entropy(self(batch[0]), batch[1])
 
     @override
@@ -74,7 +76,7 @@ class Net(LightningModule):
         return [optimizer], [{"scheduler": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps), "interval": "step"}]
 
 
-def load() -> tuple[TensorDataset, Sets]:
+def load() -> tuple[DataLoader[Batch], Sets]:
     """Return 400 digits from 0 to 7 to train on, and what to test on: the others, as they are and changed, and the eights and nines."""
     digits = load_digits()
     images, labels = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16, torch.tensor(digits.target)
@@ -89,7 +91,7 @@ def load() -> tuple[TensorDataset, Sets]:
         "noise, σ = 0.3": (noisy.clamp(0, 1), labels[test]),
         "unknown digits": (images[labels >= KNOWN], labels[labels >= KNOWN]),
     }
-    return TensorDataset(images[train], labels[train]), sets
+    return DataLoader(TensorDataset(images[train], labels[train]), batch_size=16, shuffle=True, drop_last=True), sets
 
 
 def rotate(images: Tensor, degrees: float) -> Tensor:
@@ -100,41 +102,30 @@ def rotate(images: Tensor, degrees: float) -> Tensor:
     return grid_sample(images, grid, align_corners=False)
 
 
-def train(data: TensorDataset, options: argparse.Namespace, seed: int, *callbacks: Callback, dropout: float = 0.0) -> Net:
+def train(data: DataLoader[Batch], settings: dict[str, Any], seed: int, *callbacks: Callback, dropout: float = 0.0) -> Net:
     """Train one network."""
     seed_everything(seed, verbose=False)
     net = Net()
     if dropout:
         lt.functional.apply_dropout(net, dropout, after="ReLU", seed=seed)
-    trainer = Trainer(
-        max_epochs=options.epochs,
-        accelerator="cpu",
-        devices=1,
-        callbacks=list(callbacks),
-        default_root_dir=options.output,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-    )
-    trainer.fit(net, DataLoader(data, batch_size=16, shuffle=True, drop_last=True))
+    Trainer(**settings, callbacks=list(callbacks)).fit(net, data)
     return net.eval()
 
 
-def train_all(data: TensorDataset, options: argparse.Namespace) -> dict[str, tuple[Sequence[nn.Module], Predict]]:
+def train_all(data: DataLoader[Batch], options: argparse.Namespace) -> dict[str, tuple[Sequence[nn.Module], Predict]]:
     """Train in the four ways; return the networks of each, and how they predict together."""
-    seed, count = options.seed, options.members
-    single = train(data, options, seed)
-    dropping = train(data, options, seed, dropout=0.25)
-    snapshot = lt.SnapshotEnsemble(count)
-    train(data, options, seed, snapshot)
-    deep = [train(data, options, seed + i) for i in range(count)]
-    cyclic, independent = snapshot.to_ensemble(), lt.nn.Ensemble(deep).eval()
+    settings = {"max_epochs": options.epochs, "accelerator": "cpu", "devices": 1, "default_root_dir": options.output, "logger": False}
+    settings |= {f"enable_{part}": False for part in ("checkpointing", "model_summary", "progress_bar")}
+    seed, snapshot = options.seed, lt.SnapshotEnsemble(options.members)
+    single = train(data, settings, seed)
+    dropping = train(data, settings, seed, dropout=0.25)
+    train(data, settings, seed, snapshot)
+    cyclic, deep = snapshot.to_ensemble(), train_ensemble(Net, data, options.members, trainer=settings, seed=seed).ensemble
     return {
         "single": ([single], lambda images: single(images).softmax(1)),
         "MC dropout": ([dropping], lambda images: lt.functional.mc_dropout(dropping, images, samples=20, seed=seed).mean),
         "snapshot": (list(cyclic), lambda images: cyclic(images).softmax(1)),
-        "deep": (list(independent), lambda images: independent(images).softmax(1)),
+        "deep": (list(deep), lambda images: deep(images).softmax(1)),
     }
 
 
