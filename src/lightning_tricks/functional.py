@@ -10,8 +10,10 @@ from lightning_tricks.data._input_standardization import standardize_inputs
 from lightning_tricks.data._standardizer import remove_standardization
 from lightning_tricks.data._statistics import StandardizationStatistics, standardization_statistics, whitening_matrix
 from lightning_tricks.data._target_standardization import standardize_targets
+from lightning_tricks.ensembling._bagging import OutOfBag
 from lightning_tricks.ensembling._combining import Uncertainty, combine_predictions, decompose_uncertainty
 from lightning_tricks.ensembling._measures import brier_score, disagreement, diversity
+from lightning_tricks.ensembling._train_ensemble import TrainedEnsemble, train_ensemble
 from lightning_tricks.normalization._activation_swap import swap_activation
 from lightning_tricks.normalization._batch_norm_fold import FoldReport, fold_batch_norm
 from lightning_tricks.normalization._batch_norm_refresh import refresh_batch_norm
@@ -34,8 +36,10 @@ __all__ = [
     "FoldReport",
     "MCClassification",
     "MCRegression",
+    "OutOfBag",
     "Soup",
     "StandardizationStatistics",
+    "TrainedEnsemble",
     "Uncertainty",
     "apply_drop_block",
     "apply_drop_connect",
@@ -79,6 +83,7 @@ __all__ = [
     "swap_activation",
     "swap_norm",
     "synthesize_ema",
+    "train_ensemble",
     "uniform_soup",
     "using_weights",
     "whitening_matrix",

@@ -8,6 +8,8 @@ from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from torch import nn
+
 from lightning_tricks._core.draws import fold
 from lightning_tricks._core.epochs import SeededEpochs, seeded
 from lightning_tricks._core.lightning import (
@@ -90,7 +92,8 @@ class MemberRuns:
         self._loader: Any = None  # of the user's training data, as it was used last
         self._make_trainer = make_trainer if isinstance(make_trainer, Mapping) else _numbered("trainer", make_trainer, "Trainer")
         self._make_module = _numbered("make_module", make_module, "LightningModule")
-        self.first: LightningModule = self._build(0)
+        with seeded(self._key(0)):
+            self.first: LightningModule = self._build(0)
 
     def choose(self, mode: Literal["auto", "loop", "packed"]) -> Literal["loop", "packed"]:
         """Return how members are to be trained; whatever the user chose, packing is tried once.
@@ -294,9 +297,9 @@ class MemberRuns:
 
 def _numbered(name: str, make: Any, kind: str) -> Callable[[int], Any]:
     """Return a function of the member's number, whether the user's takes it or not."""
-    if not callable(make):
+    if not callable(make) or isinstance(make, nn.Module):
         arguments = ", or a dict of a Trainer's arguments" if kind == "Trainer" else ""
-        msg = f"`{name}` must be a function that makes a new {kind}, such as `lambda: {kind}(…)`{arguments}, got {make!r}."
+        msg = f"`{name}` must be a function that makes a new {kind}, such as `lambda: {kind}(…)`{arguments}, got a {type(make).__name__}."
         raise ArgumentError(msg)
     kinds = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
     takes = any(each.kind in kinds and each.default is Parameter.empty for each in signature(make).parameters.values())

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from lightning_tricks._core.lightning import Trainer
 
-__all__ = ["CannotPackError", "PackedLoader", "PackedMembers", "check_packable"]
+__all__ = ["CannotPackError", "PackedLoader", "PackedMembers", "check_packable", "loss_in"]
 
 _ELEMENTWISE = (SGD, Adam, AdamW, Adamax, NAdam, RAdam, RMSprop, Rprop, Adadelta, ASGD)
 _SINGLE = {"forward", "training_step", "validation_step", "test_step", "predict_step", "configure_optimizers", "configure_model"}
@@ -135,7 +135,7 @@ class PackedMembers(LightningModule):
     def __init__(self, members: Sequence[Any]) -> None:
         super().__init__()
         self.count = len(members)
-        self._first = list(members)  # until they have configured the optimizers; in a list, to be no submodules
+        self.alone = list(members)  # until training starts; in a list, to be no submodules
         self._caught: dict[str, tuple[Any, dict[str, Any]]] = {}
         self.member: Any = deepcopy(members[0])
         stacked: dict[int, Tensor] = {}
@@ -166,7 +166,7 @@ class PackedMembers(LightningModule):
 
         def call(weights: dict[str, Tensor], batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
             given, self._caught = dict(weights), {}
-            loss = _loss(functional_call(self, weights, ("training_step", batch, batch_idx)))
+            loss = loss_in(functional_call(self, weights, ("training_step", batch, batch_idx)))
             replaced = [name for name in given if weights[name] is not given[name]]
             if replaced:
                 msg = f"the step replaces {replaced[0].removeprefix('member.')!r} instead of changing it in place"
@@ -178,11 +178,6 @@ class PackedMembers(LightningModule):
         except (RuntimeError, ValueError, NotImplementedError) as error:
             msg = f"mapping over the members failed with: {error}"
             raise CannotPackError(msg) from error
-
-    def member_loss(self, member: int, batch: Any, batch_idx: int) -> Tensor:
-        """Return one member's loss for its own batch, computed by itself and without a trace."""
-        weights = {name: tensor[member].clone() for name, tensor in self._weights().items()}
-        return _loss(functional_call(self, weights, ("training_step", tree_map(lambda leaf: leaf[member], batch), batch_idx)))
 
     @override
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -198,17 +193,20 @@ class PackedMembers(LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
-        for member in self._first:
+        for member in self.alone:
             member.trainer = self.trainer
-        configured = [member.configure_optimizers() for member in self._first]
+        configured = [member.configure_optimizers() for member in self.alone]
         optimizers = [list(_found(each, Optimizer)) for each in configured]
         _check_optimizers(configured, optimizers)
         own = dict(self.member.named_parameters())
-        places = {id(parameter): own[name] for name, parameter in self._first[0].named_parameters()}
+        places = {id(parameter): own[name] for name, parameter in self.alone[0].named_parameters()}
         for group in optimizers[0][0].param_groups:
             group["params"] = [places[id(parameter)] for parameter in group["params"]]
-        self._first.clear()
         return configured[0]
+
+    @override
+    def on_train_start(self) -> None:
+        self.alone = []
 
     def state_of(self, member: int) -> dict[str, Tensor]:
         """Return one member's state dict."""
@@ -231,7 +229,8 @@ class PackedMembers(LightningModule):
                 self.log(f"member_{member}/{name}", value, **{**options, "prog_bar": False})
 
 
-def _loss(result: Any) -> Tensor:
+def loss_in(result: Any) -> Tensor:
+    """Return the loss in what a `training_step` has returned."""
     loss = result.get("loss") if isinstance(result, Mapping) else result
     if not isinstance(loss, Tensor):
         msg = f"`training_step` returned a {type(loss).__name__} for a loss"

@@ -6,12 +6,14 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from torch.utils._pytree import tree_map
+
 from lightning_tricks._core.lightning import Callback, LightningModule, Trainer, callbacks_of, override
 from lightning_tricks.ensembling._ensemble import _tolerance
-from lightning_tricks.ensembling._packing import CannotPackError, PackedMembers
+from lightning_tricks.ensembling._packing import CannotPackError, PackedMembers, loss_in
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 __all__ = ["time_steps"]
 
@@ -27,12 +29,18 @@ class _Trial(Callback):
         self.times: list[float] = []
         self._steps = steps
         self._end: float | None = None
+        self._alone: list[Any] = []
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._alone = pl_module.alone if isinstance(pl_module, PackedMembers) else []
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._end is None and isinstance(pl_module, PackedMembers):
+        if self._alone and isinstance(pl_module, PackedMembers):
             with trainer.precision_plugin.train_step_context():
-                _compare(pl_module, batch)
+                _compare(pl_module, self._alone, batch)
+            self._alone = []
         if self._steps == 0:
             raise _EndOfTrialError
 
@@ -49,14 +57,17 @@ class _Trial(Callback):
             raise _EndOfTrialError
 
 
-def _compare(packed: PackedMembers, batch: Any) -> None:
+def _compare(packed: PackedMembers, alone: Sequence[Any], batch: Any) -> None:
     """Compare the members' losses with those that each computes alone, unless these are random."""
-    alone, again = ([packed.member_loss(member, batch, 0).detach() for member in range(packed.count)] for _ in range(2))
-    if any(one != other for one, other in zip(alone, again, strict=True)):
-        return
     together = packed.losses(batch, 0)[0].detach()
-    for member, loss in enumerate(alone):
-        if (together[member] - loss).abs() > _tolerance(loss) * max(1.0, loss.abs().item()):
+    for member, module in enumerate(alone):
+        module.to(device=packed.device, dtype=packed.dtype)
+        for part in module.modules():
+            if isinstance(part, LightningModule):
+                part.log = lambda *_, **__: None  # type: ignore[method-assign]
+        own = tree_map(lambda leaf, member=member: leaf[member], batch)
+        loss, again = (loss_in(module.training_step(own, 0)).detach() for _ in range(2))
+        if loss == again and (together[member] - loss).abs() > _tolerance(loss) * max(1.0, loss.abs().item()):
             msg = f"mapping over the members gives other results: a loss of {together[member].item()} for {loss.item()} in member {member}"
             raise CannotPackError(msg)
 
