@@ -44,6 +44,11 @@ def runs_here(kind: str) -> bool:
     return {"fs": kind == "fsdp1" or hasattr(torch.cpu.Stream, "record_event"), "ze": find_spec("deepspeed") is not None}[kind[:2]]
 
 
+def refusal(case: Case, kind: str) -> str | None:
+    """Return why a trick refuses a strategy, if it does."""
+    return case.skips.get("deepspeed" if "zero" in kind else kind)
+
+
 def _is_unit(module: nn.Module) -> bool:
     return isinstance(module, nn.Sequential) or (isinstance(module, nn.Linear) and module.out_features == 3)
 
@@ -284,8 +289,7 @@ def main() -> None:
     torch.set_num_threads(1)
     root, results, kept = Path(sys.argv[1]), {}, {}
     for case in CASES:
-        refused = {kind for kind in KINDS if ("deepspeed" if "zero" in kind else kind) in case.skips}
-        for kind in (kind for kind in KINDS if runs_here(kind) and kind not in refused):
+        for kind in (kind for kind in KINDS if runs_here(kind) and refusal(case, kind) is None):
             runs = Runs(case, kind, root / f"{case.trick.__name__}-{kind}", kept)
             for check in CHECKS:
                 key, start = f"{case.trick.__name__}-{kind}-{check.__name__.removeprefix('check_')}", time.perf_counter()

@@ -10,7 +10,7 @@ import torch
 
 from contracts.cases import CASES
 from contracts.harness import launch
-from contracts.sharded_worker import CHECKS, KINDS, runs_here
+from contracts.sharded_worker import CHECKS, KINDS, refusal, runs_here
 from lightning_tricks.functional import averaged_state_dict
 
 
@@ -31,8 +31,8 @@ def results(root):
 def test_on_two_processes(case, kind, check, results):
     if not runs_here(kind):
         pytest.skip(f"{kind} does not run on the CPU here")
-    if "zero" in kind and "deepspeed" in case.skips:
-        pytest.skip(case.skips["deepspeed"])
+    if (reason := refusal(case, kind)) is not None:
+        pytest.skip(reason)
     for rank in range(2):
         outcome = results[rank][f"{case.trick.__name__}-{kind}-{check}"]
         if outcome.startswith("skipped: "):

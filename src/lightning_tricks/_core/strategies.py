@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lightning_tricks._core.lightning import Trainer
 
 __all__ = [
+    "abandon_forward",
     "added_up",
     "as_sharded",
     "cut",
@@ -121,6 +122,15 @@ def return_to_shards(module: nn.Module) -> None:
     for parameter in module.parameters():
         if hasattr(parameter, "ds_status") and parameter.ds_status.name == "AVAILABLE":
             parameter.partition()  # type: ignore[attr-defined]
+
+
+def abandon_forward(module: nn.Module) -> None:
+    """Let parameters be spread over ranks again that an interrupted forward pass of FSDP2 has left gathered, maybe from lent weights.
+
+    In the middle of a forward pass, FSDP2 keeps the root gathered whatever it is told, unless somebody asks for its state.
+    """
+    if any(isinstance(child, FSDPModule) for child in module.modules()):
+        module.state_dict()
 
 
 def writes_own_files(trainer: Trainer) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 
 from lightning_tricks._core.lightning import LightningModule, Trainer, callbacks_of, override
+from lightning_tricks._core.strategies import abandon_forward
 from lightning_tricks._core.trick import Trick
 
 __all__ = ["SwappingTrick", "settle_weights"]
@@ -62,6 +63,7 @@ class SwappingTrick(Trick):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        abandon_forward(pl_module)
         self._leave()
 
 

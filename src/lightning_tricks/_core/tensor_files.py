@@ -1,6 +1,6 @@
 """Tensors in safetensors files, which hold no code: one file, or one for each rank with the parts that it owns.
 
-A file is written under another name and renamed when it is complete and on the disk, so that none is ever found half-written.
+A file is written in a folder of its own and moved when it is complete and on the disk, so that none is ever found half-written.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shutil
 import socket
 import time
 from contextlib import suppress
@@ -47,7 +48,7 @@ def likes_of(module: nn.Module) -> dict[str, Tensor | Shards]:
 
 
 def write_unfinished(folder: Path, parts: Mapping[str, Tensor], likes: Mapping[str, Tensor | Shards]) -> tuple[Path, str]:
-    """Write this rank's parts of tensors to a new file, which `finish_file` gives its name.
+    """Write this rank's parts of tensors to a new file, to which `finish_file` gives its name.
 
     Tensors under several names are written once, and a part that another rank writes is left out.
 
@@ -80,15 +81,15 @@ def write_unfinished(folder: Path, parts: Mapping[str, Tensor], likes: Mapping[s
         stored = torch.view_as_real(part.detach().resolve_conj()) if part.is_complex() else part.detach()
         tensors[name] = stored.to("cpu", copy=True, memory_format=torch.contiguous_format)
     record = {"version": _VERSION, "tied": tied, "pieces": pieces, "complex": [name for name in tensors if parts[name].is_complex()]}
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{socket.gethostname()}~{os.getpid()}~{uuid4().hex}{_UNFINISHED}"
+    path = folder / f"{socket.gethostname()}~{os.getpid()}~{uuid4().hex}{_UNFINISHED}" / "tensors"
     try:
+        path.parent.mkdir(parents=True)
         save_file(tensors, path, metadata={_RECORD: json.dumps(record)})
         with path.open("rb+") as file:
             os.fsync(file.fileno())
         return path, digest_of(path)
     except (SafetensorError, OSError) as error:
-        path.unlink(missing_ok=True)
+        shutil.rmtree(path.parent, ignore_errors=True)
         msg = f"Weights could not be written to '{folder}': {error}"
         raise OSError(msg) from error
 
@@ -96,6 +97,7 @@ def write_unfinished(folder: Path, parts: Mapping[str, Tensor], likes: Mapping[s
 def finish_file(unfinished: Path, path: Path) -> None:
     """Give a complete file its name."""
     unfinished.replace(path)
+    unfinished.parent.rmdir()
     if os.name == "posix":  # where the name, too, must reach the disk by itself
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -112,7 +114,7 @@ def sweep_unfinished(folder: Path) -> None:
         with suppress(FileNotFoundError):
             local = host == socket.gethostname() and process.isdecimal()
             if not _alive(int(process)) if local else time.time() - path.stat().st_mtime > _DAY:
-                path.unlink()
+                shutil.rmtree(path)
 
 
 def _alive(process: int) -> bool:

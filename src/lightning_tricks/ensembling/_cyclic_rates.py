@@ -33,16 +33,24 @@ class CyclicRates:
         self.steps = 0
         self.bases: list[list[float]] = []
         self._optimizers: list[Optimizer] = []
-        self._factor: Callable[[int], float] | None = None
+        self._factor: Callable[[int], float | None] | None = None
         self._handles: list[RemovableHandle] = []
 
-    def attach(self, optimizers: Sequence[Optimizer], factor: Callable[[int], float] | None, *, highest: float | None = None) -> None:
+    def attach(
+        self,
+        optimizers: Sequence[Optimizer],
+        factor: Callable[[int], float | None] | None,
+        *,
+        highest: float | None = None,
+        found: bool = False,
+    ) -> None:
         """Count steps and write rates from here on; without a factor, count only.
 
         Args:
             optimizers: The optimizers, of which the first is counted.
-            factor: What the base rates are multiplied by for the step after that many others.
+            factor: What the base rates are multiplied by for the step after that many others; None = they are left alone.
             highest: What the highest base rate becomes; the others keep their ratio to it. None = they stay.
+            found: Whether somebody has searched for the rates that groups have now, rather than for those that they were built with.
 
         Raises:
             UnsupportedOptimizerError: If there is a factor and no rate to multiply, or an optimizer has no step hooks.
@@ -50,7 +58,8 @@ class CyclicRates:
         self.detach()
         self._optimizers, self._factor = list(optimizers), factor
         if factor is not None and len(self.bases) != len(optimizers):  # they are those of a checkpoint otherwise
-            self.bases = [[_base_rate(group) for group in optimizer.param_groups] for optimizer in optimizers]
+            read = _present_rate if found else _base_rate
+            self.bases = [[read(group) for group in optimizer.param_groups] for optimizer in optimizers]
             top = max((rate for rates in self.bases for rate in rates), default=0.0)
             if top <= 0:
                 kinds = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
@@ -75,9 +84,9 @@ class CyclicRates:
 
     def write(self) -> None:
         """Set the rates with which the next step is taken."""
-        if self._factor is None:
+        factor = None if self._factor is None else self._factor(self.steps)
+        if factor is None:
             return
-        factor = self._factor(self.steps)
         for optimizer, bases in zip(self._optimizers, self.bases, strict=True):
             bases += [_base_rate(group) for group in optimizer.param_groups[len(bases) :]]  # groups that joined, as thawed layers do
             for group, base in zip(optimizer.param_groups, bases, strict=True):
@@ -106,4 +115,8 @@ class CyclicRates:
 
 def _base_rate(group: Mapping[str, Any]) -> float:
     """Return the rate that a group was built with; a scheduler of torch keeps it, and may have set another since."""
-    return float(group.get("initial_lr", group.get("lr", 0.0)))
+    return float(group["initial_lr"]) if "initial_lr" in group else _present_rate(group)
+
+
+def _present_rate(group: Mapping[str, Any]) -> float:
+    return float(group.get("lr", 0.0))

@@ -178,7 +178,7 @@ class EnsembleTrick(SwappingTrick):
             self._begin_anew(trainer, pl_module)
         if stage == "fit":
             self._kept.folder = members_folder(trainer, self.dirpath, self.log_prefix)
-            self._kept.watch(trainer, self._patches)
+            self._patches.wrap(trainer.strategy, "save_checkpoint", lambda save: partial(self._saving, trainer, save))
             if trainer.is_global_zero:
                 self._kept.sweep()
         if self.evaluate == "members" and stage in {"fit", "validate"}:
@@ -216,7 +216,10 @@ class EnsembleTrick(SwappingTrick):
         """Make the model as it is now, or its average, a member; all ranks must call this."""
         with self._as_member(trainer, module):
             self._kept.add(module, trainer, "member", facts)
-        if len(self._members) > self.members:
+        self._drop_surplus(trainer)
+
+    def _drop_surplus(self, trainer: Trainer) -> None:
+        while len(self._members) > self.members:
             self._kept.drop(self._surplus(self._members), trainer)
 
     @contextmanager
@@ -357,7 +360,12 @@ class EnsembleTrick(SwappingTrick):
                 rank_zero_info(f"{self!r} found no members of its own in the checkpoint, and begins to collect.")
             return
         self._kept.restore(entry["members"], pl_module, trainer)
+        self._drop_surplus(trainer)  # of a run with more members
         self._unpack(entry)
+
+    def _saving(self, trainer: Trainer, save: Callable[..., None], checkpoint: Any, filepath: Any, *arguments: Any, **options: Any) -> None:
+        save(checkpoint, filepath, *arguments, **options)
+        self._kept.saved(filepath, trainer)
 
 
 def _check_dim(value: int) -> int:

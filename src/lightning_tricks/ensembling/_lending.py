@@ -30,10 +30,19 @@ class Lending(Generic[_T]):
         module: The module.
         likes: Its tensors by name, and shards for those that are spread over ranks.
         parts_of: Returns a member's tensors, or this rank's parts of them, by name.
+        keep: Whether to keep them as the module takes them, on its device, and to ask for those of each member once.
     """
 
-    def __init__(self, module: nn.Module, likes: Mapping[str, Tensor | Shards], parts_of: Callable[[_T], Mapping[str, Tensor]]) -> None:
-        self._module, self._parts_of = module, parts_of
+    def __init__(
+        self,
+        module: nn.Module,
+        likes: Mapping[str, Tensor | Shards],
+        parts_of: Callable[[_T], Mapping[str, Tensor]],
+        *,
+        keep: bool = False,
+    ) -> None:
+        self._module, self._parts_of, self._keep = module, parts_of, keep
+        self._ready: dict[_T, dict[str, Tensor]] = {}
         self._likes = {id(holder_of(like)): (name, like) for name, like in reversed([*likes.items()])}
         self._pointed = {name: like for name, like in self._likes.values() if isinstance(like, Tensor) and _alone(like)}
         self._written = {name: like for name, like in self._likes.values() if name not in self._pointed}
@@ -48,13 +57,19 @@ class Lending(Generic[_T]):
             if member is None:
                 self._give_back()
                 return
-            parts = self._parts_of(member)
             if not self._own:
                 pointed = {name: tensor.data for name, tensor in self._pointed.items()}
                 self._own = {**pointed, **{name: own_part(like).clone() for name, like in self._written.items()}}
-            for name, tensor in self._pointed.items():
-                tensor.data = _alike(parts[name], self._own[name], shared=isinstance(tensor, nn.Parameter))
+            parts = self._ready.get(member) or self._laid_out(self._parts_of(member))
+            if self._keep:
+                self._ready[member] = parts
+            for name, tensor in self._pointed.items():  # of buffers a copy, since evaluating may write to them
+                tensor.data = parts[name] if isinstance(tensor, nn.Parameter) else parts[name].clone()
             copy_([own_part(like) for like in self._written.values()], [parts[name] for name in self._written])
+
+    def _laid_out(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return a member's tensors as the module has its own, so that the same kernels run."""
+        return {name: _alike(parts[name], own) for name, own in self._own.items()}
 
     def _give_back(self) -> None:
         for name, tensor in self._pointed.items():
@@ -68,7 +83,6 @@ def _alone(tensor: Tensor) -> bool:
     return type(tensor) in {Tensor, nn.Parameter} and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
 
 
-def _alike(part: Tensor, own: Tensor, *, shared: bool) -> Tensor:
-    """Return a tensor laid out as the module's own, so that the same kernels run; a copy, unless the module only reads it."""
+def _alike(part: Tensor, own: Tensor) -> Tensor:
     same = part.dtype is own.dtype and part.device == own.device and part.stride() == own.stride()
-    return part if same and shared else torch.empty_like(own).copy_(part)
+    return part if same else torch.empty_like(own).copy_(part)

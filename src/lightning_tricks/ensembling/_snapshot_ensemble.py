@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from lightning_tricks._core.checks import check_choice, check_count, check_in_interval
 from lightning_tricks._core.clock import Duration, FitLength
 from lightning_tricks._core.lightning import STEP_OUTPUT, LightningModule, Trainer, override, rank_zero_info, rank_zero_warn
+from lightning_tricks.ensembling._counting import CountingEnsemble
 from lightning_tricks.ensembling._cyclic_rates import CyclicRates
-from lightning_tricks.ensembling._ensemble_trick import EnsembleTrick
 from lightning_tricks.errors import ArgumentError, TrickError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable
 
     from lightning_tricks.ensembling._combining import Combine, Output
 
@@ -38,7 +38,7 @@ def cycle_ends(step: int, length: int, steps: int) -> int:
     return step // length + (step >= steps and steps % length > 0)
 
 
-class SnapshotEnsemble(EnsembleTrick):
+class SnapshotEnsemble(CountingEnsemble):
     """Train one model with a cyclic learning rate, keep the weights at the end of each cycle, and evaluate them as one ensemble.
 
     Step t of T is taken, in each parameter group of base rate ``α₀``, with
@@ -153,6 +153,7 @@ class SnapshotEnsemble(EnsembleTrick):
         self._steps = self._length = 1  # of the fit and of a cycle, once resolved
         self._ended = 0  # cycles, after the latest batch
         self._rate = 0.0  # with which the latest batch was trained
+        self._silent: list[Any] = []  # the module's schedulers
 
     @property
     @override
@@ -167,16 +168,22 @@ class SnapshotEnsemble(EnsembleTrick):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and self.schedule is not None:
-            self._patches.wrap(pl_module, "lr_scheduler_step", lambda _: lambda *_: None)
+            self._silent = []
+            self._patches.wrap(pl_module, "lr_scheduler_step", lambda step: partial(self._step_scheduler, step))
+
+    def _step_scheduler(self, step: Callable[..., None], scheduler: Any, metric: Any) -> None:
+        if not any(scheduler is each for each in self._silent):  # one that searches for a rate before the fit is not the module's
+            step(scheduler, metric)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._resolve(trainer)
-        self._attach(trainer)
-        if self.schedule is not None and trainer.lr_scheduler_configs:
-            kinds = ", ".join(type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs)
+        super().on_train_start(trainer, pl_module)
+        self._silent = [config.scheduler for config in trainer.lr_scheduler_configs]
+        if self.schedule is not None and self._silent:
+            kinds = ", ".join(type(scheduler).__name__ for scheduler in self._silent)
             rank_zero_info(f"{self!r} takes the learning rates over from {kinds} of {type(pl_module).__name__}.")
 
+    @override
     def _resolve(self, trainer: Trainer) -> None:
         steps, cycles = FitLength.of(trainer, [Duration(100, "%")]).steps, self.cycles or self.members
         if math.isinf(steps):
@@ -195,14 +202,17 @@ class SnapshotEnsemble(EnsembleTrick):
                 "Train longer, or choose a number of cycles by which they can be divided."
             )
 
-    def _attach(self, trainer: Trainer) -> None:
-        factor = None if self.schedule is None else partial(snapshot_factor, length=self._length)
-        self._rates.attach(trainer.optimizers, factor, highest=self.restart_lr)
+    @override
+    def _factor(self) -> Callable[[int], float] | None:
+        return None if self.schedule is None else partial(snapshot_factor, length=self._length)
+
+    @override
+    def _highest(self) -> float | None:
+        return self.restart_lr
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if not self._rates.follows(trainer.optimizers):
-            self._attach(trainer)
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._rate = self._rates.rate
 
     @override
@@ -222,23 +232,3 @@ class SnapshotEnsemble(EnsembleTrick):
                 f"{self!r} was stopped after {self._rates.steps} of {self._steps} steps, {position} steps into a cycle of {self._length}, "
                 f"which gives no member: the ensemble has {len(self._members)}."
             )
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        super().on_exception(trainer, pl_module, exception)
-        self._rates.detach()
-
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().teardown(trainer, pl_module, stage)
-        self._rates.detach()
-
-    @override
-    def _pack(self) -> dict[str, Any]:
-        return self._rates.pack()
-
-    @override
-    def _unpack(self, entry: Mapping[str, Any]) -> None:
-        self._rates = CyclicRates()
-        if entry:
-            self._rates.unpack(entry)

@@ -1,7 +1,7 @@
 """Members of an ensemble, each in safetensors files of its own, which checkpoints name together with a digest.
 
-Files are never written to again. Their names follow from their content, so that two runs in one folder cannot replace each other's
-members by other ones, and a resumed run that collects a member again finds it there.
+Files are never written to again. Their names follow from the run and their content, so that two runs in one folder do not touch each
+other's members, and a resumed run that collects a member again finds it there.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from uuid import uuid4
 
 import torch
 from torch import Tensor, distributed
@@ -25,12 +25,12 @@ from lightning_tricks.ensembling._lending import Lending
 from lightning_tricks.errors import ArgumentError, CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    import os
+    from collections.abc import Iterable, Sequence
 
     from torch import nn
 
     from lightning_tricks._core.lightning import Trainer
-    from lightning_tricks._core.surgery import Patches
 
 __all__ = ["Facts", "Member", "MemberStore", "members_folder"]
 
@@ -107,7 +107,8 @@ class MemberStore:
         self.members: list[Member] = []
         self._memory = check_choice("memory", memory, ("cpu", "disk"))
         self._kept: dict[Member, dict[str, Tensor]] = {}
-        self._written: list[Member] = []  # by this process' run
+        self._run = ""  # part of the files' names, once there is a member
+        self._written: list[Member] = []  # by this process, and not there before
         self._naming: dict[str, tuple[set[str], bool]] = {}  # by checkpoint, the files that it names, and whether it was seen there
         self._pending: set[str] = set()  # files named by a checkpoint that is not written yet, or of which we do not know where it is
 
@@ -141,19 +142,20 @@ class MemberStore:
                 unfinished, digest = write_unfinished(self.folder, parts, likes)
             except OSError as error:
                 problem = error
-        found = _from_all((digest, problem))
-        _raise_first(error for _, error in found)
-        digests = tuple(each for each, _ in found if each is not None)
-        stem = f"{name}-{hashlib.sha256(''.join(digests).encode()).hexdigest()[:12]}"
+        found = _from_all((digest, problem, self._run or uuid4().hex[:8]))
+        _raise_first(error for _, error, _ in found)
+        digests, self._run = tuple(each for each, *_ in found if each is not None), found[0][2]
+        stem = f"{name}-{self._run}-{hashlib.sha256(''.join(digests).encode()).hexdigest()[:8]}"
         ranks = len(digests)
         files = tuple(f"{stem}-rank{rank}of{ranks}{SUFFIX}" if ranks > 1 else f"{stem}{SUFFIX}" for rank in range(ranks))
-        if unfinished is not None:
-            finish_file(unfinished, self.folder / files[trainer.global_rank if sharded else 0])
-        trainer.strategy.barrier()  # so that any rank can read it from here on
         member = Member(name, str(self.folder), files, digests, dict(facts))
+        known = member.paths[0].exists()
+        if unfinished is not None:
+            finish_file(unfinished, member.paths[trainer.global_rank if sharded else 0])
+        trainer.strategy.barrier()  # so that any rank can read it from here on
         self._keep(member, likes, trainer.global_rank)
         self.members.append(member)
-        self._written.append(member)
+        self._written += [] if known else [member]
         return member
 
     def drop(self, member: Member, trainer: Trainer) -> None:
@@ -183,16 +185,11 @@ class MemberStore:
             for member in self.members
         ]
 
-    def watch(self, trainer: Trainer, patches: Patches) -> None:
-        """Learn where the checkpoints are written that name members, so that no file is deleted which one needs."""
-
-        def watched(save: Callable[..., None], checkpoint: Any, filepath: Any, *arguments: Any, **options: Any) -> None:
-            save(checkpoint, filepath, *arguments, **options)
-            self._naming[str(filepath)], self._pending = (self._pending, False), set()
-            if trainer.is_global_zero:
-                self._tidy()
-
-        patches.wrap(trainer.strategy, "save_checkpoint", lambda save: partial(watched, save))
+    def saved(self, path: str | os.PathLike[str], trainer: Trainer) -> None:
+        """Note where a checkpoint was written that names the members, so that no file is deleted as long as it is there."""
+        self._naming[str(path)], self._pending = (self._pending, False), set()
+        if trainer.is_global_zero:
+            self._tidy()
 
     def restore(self, entries: Sequence[Mapping[str, Any]], module: nn.Module, trainer: Trainer) -> None:
         """Take over the members that a checkpoint names, in place of those held, after checking that all files are as they were.
@@ -214,6 +211,7 @@ class MemberStore:
         _raise_first(_from_all(problem))
         self.members, self._kept = members, {}
         for member in members:
+            self._run = member.files[0].removeprefix(f"{member.name}-").partition("-")[0]
             self._keep(member, likes, trainer.global_rank)
 
     def _places(self, trainer: Trainer) -> list[Path]:
@@ -224,13 +222,13 @@ class MemberStore:
     # Use
 
     def lending(self, module: nn.Module, trainer: Trainer) -> Lending[Member]:
-        """Return what lends the members' weights to the module, one after another."""
+        """Return what lends the members' weights to the module, one after another; unless read from disk, they stay on its device."""
         likes = likes_of(module)
 
         def parts_of(member: Member) -> dict[str, Tensor]:
             return self._kept.get(member) or _read(member, likes, trainer.global_rank)
 
-        return Lending(module, likes, parts_of)
+        return Lending(module, likes, parts_of, keep=self._memory == "cpu")
 
     def state_dict(self, member: Member) -> dict[str, Tensor]:
         """Return a member's whole tensors on the CPU, by names without wrappers, whatever the number of ranks that wrote them."""
