@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_tricks.ensembling import train_ensemble
+from lightning_tricks.functional import train_ensemble
 from lightning_tricks.nn import Ensemble
 from reporting import environment, markdown, show, write
 

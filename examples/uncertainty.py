@@ -38,7 +38,6 @@ from torchmetrics.functional.classification import binary_auroc, binary_roc
 from typing_extensions import override
 
 import lightning_tricks as lt
-from lightning_tricks.ensembling import train_ensemble
 
 Batch = Sequence[Tensor]  # images and labels
 Predict = Callable[[Tensor], Tensor]  # from images to probabilities
@@ -120,7 +119,7 @@ def train_all(data: DataLoader[Batch], options: argparse.Namespace) -> dict[str,
     single = train(data, settings, seed)
     dropping = train(data, settings, seed, dropout=0.25)
     train(data, settings, seed, snapshot)
-    cyclic, deep = snapshot.to_ensemble(), train_ensemble(Net, data, options.members, trainer=settings, seed=seed).ensemble
+    cyclic, deep = snapshot.to_ensemble(), lt.functional.train_ensemble(Net, data, options.members, trainer=settings, seed=seed).ensemble
     return {
         "single": ([single], lambda images: single(images).softmax(1)),
         "MC dropout": ([dropping], lambda images: lt.functional.mc_dropout(dropping, images, samples=20, seed=seed).mean),

@@ -17,7 +17,7 @@ def test_uncertainty_compares_four_trainings_and_tracks_the_members(tmp_path):
     environment = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     settings = ("--epochs", 2, "--members", 2, "--output", tmp_path, "--wandb")
     Worker(EXAMPLES / "uncertainty.py", *settings, environment=environment).finish()
-    rows = list(csv.DictReader((tmp_path / "uncertainty.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "uncertainty.csv").read_text().splitlines()))
     assert len(rows) == 16
     assert {row["training"] for row in rows} == {"single", "MC dropout", "snapshot", "deep"}
     for row in rows:
