@@ -562,6 +562,7 @@ def sharing():
         ({"combine": "sum"}, ArgumentError, "`combine`"),
         ({"folder": 3}, ArgumentError, "`folder`"),
         ({"data": 3}, ArgumentError, "`datamodule` must be a LightningDataModule, or what loads"),
+        ({"data": iter([(ROWS, CLASSES)])}, ArgumentError, "loads the training data anew for each member"),
         ({"data": Data(), "val_dataloaders": loader()}, ArgumentError, "`val_dataloaders` must be None"),
         ({"make": ONE}, ArgumentError, r"`make_module` must be a function that makes a new LightningModule, .*got a Net"),
         ({"make": lambda: ONE}, ArgumentError, "new LightningModule for each member, and returned the same one twice"),

@@ -188,11 +188,8 @@ class MemberRuns:
             except CannotPackError as error:
                 msg = f"Members cannot be trained at once any longer: {error}. Use another folder, and pass mode='loop'."
                 raise TrickError(msg) from error
-            metrics = _metrics(trainer)
             for member in unfinished:
-                prefix = f"member_{member}/"
-                own = {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
-                self._finish(trainer, member, packed.state_of(member), own)
+                self._finish(trainer, member, packed.state_of(member), packed.logs.metrics(member))
         path.unlink(missing_ok=True)
 
     def _time_packed(self, steps: int) -> float:

@@ -32,6 +32,7 @@ from lightning_tricks._core.lightning import (
 )
 from lightning_tricks.ensembling._ensemble import _difference, _named_tensors
 from lightning_tricks.ensembling._member_files import describe
+from lightning_tricks.ensembling._packed_logs import PackedLogs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -136,13 +137,13 @@ class PackedMembers(LightningModule):
         super().__init__()
         self.count = len(members)
         self.alone = list(members)  # until training starts; in a list, to be no submodules
-        self._caught: dict[str, tuple[Any, dict[str, Any]]] = {}
+        self.logs = PackedLogs()
         self.member: Any = deepcopy(members[0])
         stacked: dict[int, Tensor] = {}
         names = [dict(_named_tensors(member)) for member in members]
         for module in self.member.modules():
             if isinstance(module, LightningModule):
-                module.log = self._catch  # type: ignore[method-assign]
+                module.log = self.logs.catch  # type: ignore[method-assign]
         for name, tensor in _named_tensors(self.member):
             whole = torch.stack([tensors[name].detach() for tensors in names])
             stacked[id(tensor)] = nn.Parameter(whole, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else whole
@@ -158,20 +159,24 @@ class PackedMembers(LightningModule):
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         losses, logged = self.losses(batch, batch_idx)
-        self._pass_on(logged, tree_map(lambda leaf: leaf[0], batch))
+        if logged:
+            options = {name: given for name, (_, given) in self.logs.caught.items()}
+            size = extract_batch_size(tree_map(lambda leaf: leaf[0], batch))
+            for name, mean, given in self.logs.add("train", logged, options, size):
+                self.log(name, mean, **given)
         return losses.sum()
 
     def losses(self, batch: Any, batch_idx: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return each member's loss for its batch, and what each logs."""
 
         def call(weights: dict[str, Tensor], batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-            given, self._caught = dict(weights), {}
+            given, self.logs.caught = dict(weights), {}
             loss = loss_in(functional_call(self, weights, ("training_step", batch, batch_idx)))
             replaced = [name for name in given if weights[name] is not given[name]]
             if replaced:
                 msg = f"the step replaces {replaced[0].removeprefix('member.')!r} instead of changing it in place"
                 raise CannotPackError(msg)
-            return loss, {name: torch.as_tensor(value).detach() for name, (value, _) in self._caught.items()}
+            return loss, {name: torch.as_tensor(value).detach().float() for name, (value, _) in self.logs.caught.items()}
 
         try:
             return vmap(call, randomness="different")(self._weights(), batch)
@@ -183,13 +188,35 @@ class PackedMembers(LightningModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         if not defines(self.member, "validation_step"):
             return
-        values: dict[str, list[Tensor]] = {}
+        logged: dict[str, Tensor] = {}
+        options: dict[str, dict[str, Any]] = {}
         for member in range(self.count):
-            self._caught = {}
+            self.logs.caught = {}
             functional_call(self, {name: tensor[member] for name, tensor in self._weights().items()}, ("validation_step", batch, batch_idx))
-            for name, (value, _) in self._caught.items():
-                values.setdefault(name, []).append(torch.as_tensor(value, device=self.device).float())
-        self._pass_on({name: torch.stack(each) for name, each in values.items()}, batch)
+            for name, (value, given) in self.logs.caught.items():
+                values = logged.setdefault(name, torch.full((self.count,), float("nan"), device=self.device))
+                values[member], options[name] = torch.as_tensor(value), given
+        if logged:
+            for name, mean, given in self.logs.add("validation", logged, options, extract_batch_size(batch)):
+                self.log(name, mean, **given)
+
+    @override
+    def on_train_epoch_start(self) -> None:
+        self.logs.begin("train")
+
+    @override
+    def on_validation_epoch_start(self) -> None:
+        self.logs.begin("validation")
+
+    @override
+    def on_train_epoch_end(self) -> None:
+        self.log_dict(self.logs.of_epoch("train"))
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        self.log_dict(self.logs.of_epoch("validation"))
+        if self.trainer.sanity_checking:
+            self.logs.begin("validation")
 
     @override
     def configure_optimizers(self) -> Any:
@@ -214,19 +241,6 @@ class PackedMembers(LightningModule):
 
     def _weights(self) -> dict[str, Tensor]:
         return dict(_named_tensors(self))
-
-    def _catch(self, name: str, value: Any, *arguments: Any, **options: Any) -> None:
-        names = list(signature(LightningModule.log).parameters)[3:]
-        self._caught[name] = value, {**dict(zip(names, arguments, strict=False)), **options}
-
-    def _pass_on(self, logged: Mapping[str, Tensor], batch: Any) -> None:
-        """Log what the members have: each one's as ``member_<number>/<name>``, and the mean."""
-        for name, values in logged.items():
-            options = dict(self._caught[name][1])
-            options["batch_size"] = options.get("batch_size") or extract_batch_size(batch)
-            self.log(name, values.float().mean(), **options)
-            for member, value in enumerate(values):
-                self.log(f"member_{member}/{name}", value, **{**options, "prog_bar": False})
 
 
 def loss_in(result: Any) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -143,8 +143,11 @@ def train_ensemble(
     if is_data_module(datamodule) and val_dataloaders is not None:
         msg = "`val_dataloaders` must be None where a LightningDataModule loads the data, since it loads those for validation, too."
         raise ArgumentError(msg)
-    if not (is_data_module(datamodule) or isinstance(datamodule, Iterable)):
-        msg = f"`datamodule` must be a LightningDataModule, or what loads the training data, such as a DataLoader, got {datamodule!r}."
+    if not is_data_module(datamodule) and (isinstance(datamodule, Iterator) or not isinstance(datamodule, Iterable)):
+        msg = (
+            "`datamodule` must be a LightningDataModule, or what loads the training data anew for each member, such as a DataLoader, "
+            f"got {datamodule!r}."
+        )
         raise ArgumentError(msg)
     with tempfile.TemporaryDirectory() as passing:
         files = MemberFiles(Path(passing if folder is None else folder).absolute())
