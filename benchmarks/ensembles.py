@@ -217,7 +217,7 @@ def main() -> None:
     parser.add_argument("--members", type=int, default=8)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=30, help="rounds; a third of them for trainings, a sixth for the largest model")
-    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="leave the largest model out")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "ensembles")
     args = parser.parse_args()
@@ -262,7 +262,8 @@ def main() -> None:
         show(title, header, rows)
         body += [f"## {title}", markdown(header, rows)]
     packages = ("torch", "lightning", "lightning-tricks", "torch-uncertainty", "torchensemble")
-    circumstances = environment("python benchmarks/ensembles.py", *packages, device="cpu")
+    command = f"python benchmarks/ensembles.py --repeats {args.repeats} --warmup {args.warmup}"
+    circumstances = environment(command, *packages, device="cpu")
     body.append("Medians of CPU time, interleaved, one thread.")
     write(args.output, "Ensembles", circumstances, {"evaluation": predicting, "training": fitting}, body)
 
