@@ -10,6 +10,8 @@ from lightning_tricks.averaging._polyak_averaging import PolyakAveraging
 from lightning_tricks.averaging._post_hoc_ema import PostHocEMA
 from lightning_tricks.data._input_standardization import InputStandardization
 from lightning_tricks.data._target_standardization import TargetStandardization
+from lightning_tricks.ensembling._checkpoint_ensemble import CheckpointEnsemble
+from lightning_tricks.ensembling._fast_geometric_ensemble import FastGeometricEnsemble
 from lightning_tricks.ensembling._snapshot_ensemble import SnapshotEnsemble
 from lightning_tricks.normalization._activation_swap import ActivationSwap
 from lightning_tricks.normalization._batch_norm_freeze import BatchNormFreeze
@@ -30,9 +32,11 @@ __all__ = [
     "ActivationSwap",
     "BatchNormFreeze",
     "BatchNormRefresh",
+    "CheckpointEnsemble",
     "DropBlock",
     "DropConnect",
     "Dropout",
+    "FastGeometricEnsemble",
     "FeatureNoise",
     "FractionalMaxPool",
     "Initialization",

@@ -15,6 +15,7 @@ PROMISES = {
     "ranks alike",
     "remove",
     "tensor parallel",
+    "trains alike",
     "types",
     "weights",
 }

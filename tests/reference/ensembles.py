@@ -70,3 +70,28 @@ def calibration_error(samples: Sequence[Sequence[float]], targets: Sequence[int]
         filled.setdefault(min(math.floor(confidence * bins), bins - 1), []).append((confidence, probabilities.index(confidence) == target))
     gaps = [abs(sum(hit for _, hit in found) - sum(confidence for confidence, _ in found)) for found in filled.values()]
     return sum(gaps) / len(samples)
+
+
+def geometric_rate(i: int, c: int, high: float, low: float) -> float:
+    """Return α(i) of iteration i = 1, 2, … as Garipov et al. (2018) write it."""
+    t = ((i - 1) % c + 1) / c
+    if 0 < t <= 1 / 2:
+        return (1 - 2 * t) * high + 2 * t * low
+    return (2 - 2 * t) * low + (2 * t - 1) * high
+
+
+def geometric_members(steps: int, c: int) -> list[int]:
+    """Return the iterations after which t(i) = 1/2."""
+    return [i for i in range(1, steps + 1) if i % c == c // 2]
+
+
+def best_candidates(scores: Sequence[float], k: int, mode: str) -> list[int]:
+    """Return which of the candidates seen one after another are the k best at the end; a later one must be better to take a place."""
+    kept: list[int] = []
+    for candidate, score in enumerate(scores):
+        kept += [] if math.isnan(score) else [candidate]
+        if len(kept) > k:
+            worst = max if mode == "min" else min
+            limit = worst(scores[i] for i in kept)
+            kept.remove(candidate if score == limit else next(i for i in kept if scores[i] == limit))
+    return kept

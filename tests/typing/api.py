@@ -49,9 +49,31 @@ trainer = L.Trainer(
         lt.DropConnect(schedules.Linear(0.1, final=0.2), where=["body.*"], exclude="head", kinds=["Linear", nn.LSTM], name="slow"),
         lt.DropConnect(0.5, kinds=nn.Linear, granularity="example", inference="gaussian", draws=10, mask_bias=True),
         lt.WeightDecay({"*": 0.01, "head": schedules.Linear(0.0, final=0.1)}, mode="l2", skip=["bias", "norm", "embedding"], name="slow"),
+        lt.SnapshotEnsemble(),
+        lt.SnapshotEnsemble(
+            4,
+            cycles=6,
+            restart_lr=0.2,
+            combine="vote",
+            output="probabilities",
+            class_dim=1,
+            target="net",
+            weights="average",
+            refresh_batch_norm="all",
+            evaluate="members",
+            measure=False,
+            item="label",
+            memory="disk",
+            dirpath="members",
+            name="slow",
+        ),
         lt.WeightDecay(schedules.Cosine(0.04), where=["body.*"], exclude="*.bias", skip="norm", existing="replace", log_penalty=True),
     ]
 )
+lt.FastGeometricEnsemble(6, start="80%", cycle="2 epochs", lr=(0.05, 0.01), target="net", weights="average", refresh_batch_norm="all")
+lt.FastGeometricEnsemble(schedule=None, combine="vote", class_dim=1, evaluate="members", measure=False, item="labels", memory="disk")
+lt.CheckpointEnsemble(3, monitor="val_acc", mode="max", every="500 steps", output="probabilities", dirpath="members", name="best")
+members: nn.Module = lt.CheckpointEnsemble().to_ensemble()[0]
 lt.FeatureNoise(0.1, where="body")
 lt.FeatureNoise(schedules.Linear(0.3, final=0.0), where=["body.*"], exclude="head", kind="additive", relative=True, at="input", name="slow")
 lt.DropBlock(schedules.Linear(0.0, final=0.1), block_size=5, where="layer4", exclude=["*.bn1"], per="sample", name="slow")
@@ -223,3 +245,7 @@ recipe.lr = 0.1  # type: ignore[attr-defined]
 tricks_nn.GhostBatchNorm2d(8, 16, 1e-3)  # type: ignore[call-arg]
 functional.insert_norm(model, "spectral")  # type: ignore[arg-type]
 functional.remove_weight_normalization(model, keep="both")  # type: ignore[arg-type]
+snapshots: nn.Module = lt.SnapshotEnsemble(schedule=None, combine="mean").to_ensemble()
+variance: torch.Tensor = lt.SnapshotEnsemble(refresh_batch_norm=20).uncertainty().total
+lt.SnapshotEnsemble(schedule="linear")  # type: ignore[arg-type]
+lt.SnapshotEnsemble(5, 6)  # type: ignore[call-arg]

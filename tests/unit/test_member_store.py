@@ -154,6 +154,25 @@ def test_a_file_that_is_not_as_it_was_is_named(stored, harm, words):
     assert fresh.members == []
 
 
+def test_files_that_are_read_by_themselves_are_named_when_they_are_damaged(stored, tmp_path):
+    _, store = stored
+    whole, alone = store.members[0].paths[0], tmp_path / "member-rank0of2.safetensors"
+    alone.write_bytes(whole.read_bytes())
+    truncated(whole)
+    for path, words in ((whole, f"'{whole}' is damaged"), (alone, "member-rank1of2.safetensors' does not exist")):
+        with pytest.raises(CheckpointError, match=words):
+            Ensemble.from_checkpoints([path], lambda: nn.Linear(3, 2))
+
+
+def test_a_folder_that_cannot_be_written_to_is_an_error_without_leftovers(stored, tmp_path):
+    module, _ = stored
+    (tmp_path / "file").touch()
+    store = MemberStore(tmp_path / "file" / "members")
+    with pytest.raises(OSError, match="Weights could not be written to"):
+        store.add(module, trainer(), "member", {})
+    assert store.members == []
+
+
 def test_members_of_another_model_are_refused(stored):
     _, store = stored
     with pytest.raises(CheckpointError, match=r"'weight' has shape \(2, 3\), and in Linear shape \(2, 4\)"):

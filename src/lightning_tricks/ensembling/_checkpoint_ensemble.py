@@ -10,6 +10,8 @@ Source: H. Chen, S. Lundberg and S.-I. Lee, "Checkpoint Ensembles: Ensemble Meth
 from __future__ import annotations
 
 import math
+import os
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_tricks._core.checks import check_choice
@@ -20,7 +22,7 @@ from lightning_tricks.ensembling._cyclic_rates import CyclicRates
 from lightning_tricks.errors import ArgumentError, TrickError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from lightning_tricks.ensembling._combining import Combine, Output
     from lightning_tricks.ensembling._store import Member
@@ -97,8 +99,8 @@ class CheckpointEnsemble(CountingEnsemble):
         2017. There, the metric is the validation loss and candidates come from each epoch.
 
     Example:
-        >>> CheckpointEnsemble(5, monitor="val_acc", mode="max")
-        CheckpointEnsemble(members=5, monitor='val_acc', mode='max')
+        >>> CheckpointEnsemble(3, monitor="val_acc", mode="max")
+        CheckpointEnsemble(members=3, monitor='val_acc', mode='max')
     """
 
     def __init__(
@@ -118,7 +120,7 @@ class CheckpointEnsemble(CountingEnsemble):
         measure: bool = True,
         item: int | str | None = None,
         memory: Literal["cpu", "disk"] = "cpu",
-        dirpath: str | None = None,
+        dirpath: str | os.PathLike[str] | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(
@@ -153,6 +155,17 @@ class CheckpointEnsemble(CountingEnsemble):
     # When there is a candidate
 
     @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and self.monitor is not None:  # which the module may log at the end of an epoch, after callbacks have acted
+            self._patches.wrap(pl_module, "on_train_epoch_end", lambda end: partial(self._end_epoch, trainer, pl_module, end))
+
+    def _end_epoch(self, trainer: Trainer, module: LightningModule, end: Callable[[], None]) -> None:
+        end()
+        if not trainer.enable_validation:
+            self._consider(trainer, module, ended=True)
+
+    @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int) -> None:
         if self.monitor is None:
             self._consider(trainer, pl_module, ended=trainer.is_last_batch)
@@ -166,8 +179,8 @@ class CheckpointEnsemble(CountingEnsemble):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.monitor is None or not trainer.enable_validation:
-            self._consider(trainer, pl_module, ended=True)  # also of an epoch that is cut short
+        if self.monitor is None:
+            self._consider(trainer, pl_module, ended=True)  # of an epoch that is cut short
 
     def _consider(self, trainer: Trainer, module: LightningModule, *, ended: bool) -> None:
         """Take the weights as they are for a candidate, if one is due."""

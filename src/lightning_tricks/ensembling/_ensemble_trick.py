@@ -38,6 +38,7 @@ from lightning_tricks.ensembling._store import MemberStore, members_folder
 from lightning_tricks.errors import ArgumentError, NothingMatchedError, TrickError
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable, Iterator, Mapping
 
     from torch import nn
@@ -68,7 +69,7 @@ class EnsembleTrick(SwappingTrick):
         measure: bool,
         item: int | str | None,
         memory: Literal["cpu", "disk"],
-        dirpath: str | None,
+        dirpath: str | os.PathLike[str] | None,
         name: str | None,
     ) -> None:
         super().__init__(name)

@@ -11,10 +11,11 @@ DNNs", NeurIPS, 2018.
 from __future__ import annotations
 
 import math
+import os
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_tricks._core.checks import check_pair
+from lightning_tricks._core.checks import check_choice, check_pair
 from lightning_tricks._core.clock import Duration, FitLength, plain_duration
 from lightning_tricks._core.lightning import (
     STEP_OUTPUT,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FastGeometricEnsemble", "cycle_middles", "geometric_rate"]
 
-_LOWEST = 0.01  # of the base rate, as in the paper
+_SHARES = 0.5, 0.1  # of the base rate: those with which the paper's authors train residual networks
 
 
 def geometric_rate(step: int, length: int, high: float, low: float) -> float:
@@ -66,8 +67,10 @@ class FastGeometricEnsemble(CountingEnsemble):
             run resumed from a checkpoint that was made without this callback goes on where the checkpoint ends.
         cycle: Duration c of a cycle, an even number of steps; others than an ``int`` are rounded down to one. None = so that the last
             of `members` cycles is in its middle at the end of the fit.
-        lr: The rates ``(α₁, α₂)`` of the group of the highest base rate; other groups keep their ratio to it. None = each group's own
-            base rate, and a hundredth of it.
+        lr: The rates ``(α₁, α₂)`` of the group of the highest base rate; other groups keep their ratio to it. None = a half and a tenth of
+            each group's own base rate.
+        schedule: ``"triangular"`` takes the learning rate over from any scheduler of the module. None leaves it alone, for modules with
+            cycles of their own; members are taken at the same steps.
         combine: What `forward` returns in evaluation: ``"probabilities"`` the logarithm of the members' mean probabilities, whose
             argmax and cross-entropy are the ensemble's; ``"logits"`` the mean logits; ``"vote"`` the majority vote, in which the mean
             probability decides between equals; ``"mean"`` the mean, for regression.
@@ -112,12 +115,13 @@ class FastGeometricEnsemble(CountingEnsemble):
 
     References:
         T. Garipov, P. Izmailov, D. Podoprikhin, D. Vetrov and A. G. Wilson, "Loss Surfaces, Mode Connectivity, and Fast Ensembling of
-        DNNs", NeurIPS, 2018. There, cycles have 2 or 4 epochs, and ``α₁ = 0.05``, ``α₂ = 0.0005``. Differs from the paper in that cycles
-        are as long as the rest of the fit allows, unless `cycle` says otherwise.
+        DNNs", NeurIPS, 2018. Their code begins after 80 % of the epochs and takes, for residual networks with a base rate of 0.1, cycles
+        of 2 epochs with ``α₁ = 0.05`` and ``α₂ = 0.01``. Differs from the paper in that cycles are as long as the rest of the fit allows,
+        unless `cycle` says otherwise.
 
     Example:
-        >>> FastGeometricEnsemble(6, start="80%", cycle="2 epochs", lr=(0.05, 0.0005))
-        FastGeometricEnsemble(members=6, start='80%', cycle='2 epochs', lr=(0.05, 0.0005))
+        >>> FastGeometricEnsemble(6, start="80%", cycle="2 epochs", lr=(0.05, 0.01))
+        FastGeometricEnsemble(members=6, start='80%', cycle='2 epochs', lr=(0.05, 0.01))
     """
 
     def __init__(
@@ -127,6 +131,7 @@ class FastGeometricEnsemble(CountingEnsemble):
         start: int | str = "75%",
         cycle: int | str | None = None,
         lr: Sequence[float] | None = None,
+        schedule: Literal["triangular"] | None = "triangular",
         combine: Combine = "probabilities",
         output: Output = "logits",
         class_dim: int = -1,
@@ -137,7 +142,7 @@ class FastGeometricEnsemble(CountingEnsemble):
         measure: bool = True,
         item: int | str | None = None,
         memory: Literal["cpu", "disk"] = "cpu",
-        dirpath: str | None = None,
+        dirpath: str | os.PathLike[str] | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(
@@ -162,8 +167,12 @@ class FastGeometricEnsemble(CountingEnsemble):
             msg = f"`cycle` must be an even number of steps, in whose middle a member is taken, got {cycle!r}."
             raise ArgumentError(msg)
         self.lr = None if lr is None else check_pair("lr", lr, ("(0, ∞)", "[0, ∞)"))
-        if self.lr is not None and self.lr[1] >= self.lr[0]:
-            msg = f"`lr` must be the highest and then the lowest rate of a cycle, such as (0.05, 0.0005), got {lr!r}."
+        if self.lr is not None and self.lr[1] > self.lr[0]:
+            msg = f"`lr` must be the highest and then the lowest rate of a cycle, such as (0.05, 0.01), got {lr!r}."
+            raise ArgumentError(msg)
+        self.schedule = check_choice("schedule", schedule, ("triangular", None))
+        if self.schedule is None and self.lr is not None:
+            msg = f"`lr` must be None where `schedule=None` leaves the learning rate alone, got {lr!r}."
             raise ArgumentError(msg)
         self._rates = CyclicRates()
         self._begin, self._length = 0, 2  # the steps before the cycles and those of one, once resolved
@@ -177,10 +186,14 @@ class FastGeometricEnsemble(CountingEnsemble):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        if self.schedule is None:
+            return
         for other in callbacks_of(trainer):
-            cycles = getattr(other, "sets_rates", False) and not getattr(other, "configures_optimizers", False)
-            if other is not self and (cycles or isinstance(other, FastGeometricEnsemble)):
-                msg = f"{self!r} and {other!r} both cycle the learning rates. Keep one."
+            cycles = isinstance(other, FastGeometricEnsemble) and other.schedule is not None
+            if other is not self and (
+                cycles or (getattr(other, "sets_rates", False) and not getattr(other, "configures_optimizers", False))
+            ):
+                msg = f"{self!r} and {other!r} both set the learning rates. Keep one, or pass `schedule=None` to one."
                 raise TrickConflictError(msg)
         if stage == "fit":
             self._patches.wrap(pl_module, "lr_scheduler_step", lambda step: partial(self._step_scheduler, step))
@@ -192,7 +205,7 @@ class FastGeometricEnsemble(CountingEnsemble):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        if trainer.lr_scheduler_configs:
+        if self.schedule is not None and trainer.lr_scheduler_configs:
             kinds = ", ".join(type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs)
             after = f"after {self._begin} steps"
             rank_zero_info(f"{self!r} takes the learning rates over from {kinds} of {type(pl_module).__name__} {after}.")
@@ -220,8 +233,10 @@ class FastGeometricEnsemble(CountingEnsemble):
         return cycle_middles(max(0, self._rates.steps - self._begin), self._length)
 
     @override
-    def _factor(self) -> Callable[[int], float | None]:
-        high, low = (1.0, _LOWEST) if self.lr is None else (1.0, self.lr[1] / self.lr[0])
+    def _factor(self) -> Callable[[int], float | None] | None:
+        if self.schedule is None:
+            return None
+        high, low = _SHARES if self.lr is None else (1.0, self.lr[1] / self.lr[0])
         begin, length = self._begin, self._length
         return lambda step: None if step < begin else geometric_rate(step - begin, length, high, low)
 

@@ -10,6 +10,7 @@ Source: G. Huang, Y. Li, G. Pleiss, Z. Liu, J. E. Hopcroft and K. Q. Weinberger,
 from __future__ import annotations
 
 import math
+import os
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -122,7 +123,7 @@ class SnapshotEnsemble(CountingEnsemble):
         measure: bool = True,
         item: int | str | None = None,
         memory: Literal["cpu", "disk"] = "cpu",
-        dirpath: str | None = None,
+        dirpath: str | os.PathLike[str] | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(
