@@ -97,7 +97,8 @@ def write_unfinished(folder: Path, parts: Mapping[str, Tensor], likes: Mapping[s
 def finish_file(unfinished: Path, path: Path) -> None:
     """Give a complete file its name."""
     unfinished.replace(path)
-    unfinished.parent.rmdir()
+    if unfinished.parent != path.parent:
+        unfinished.parent.rmdir()
     if os.name == "posix":  # where the name, too, must reach the disk by itself
         folder = os.open(path.parent, os.O_RDONLY)
         try:

@@ -123,7 +123,7 @@ class MemberFiles:
         return self.folder / f"member-{member}.json"
 
     def _write(self, path: Path, content: dict[str, Any]) -> None:
-        unfinished = path.with_suffix(".unfinished")
+        unfinished = path.with_suffix(".new")
         unfinished.write_text(json.dumps(content, indent=1) + "\n")
         finish_file(unfinished, path)
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from lightning_tricks._core.lightning import Trainer
 
-__all__ = ["CannotPackError", "PackedLoader", "PackedMembers", "check_packable", "loss_in"]
+__all__ = ["CannotPackError", "PackedLoader", "PackedMembers", "check_packable", "loss_in", "run_step"]
 
 _ELEMENTWISE = (SGD, Adam, AdamW, Adamax, NAdam, RAdam, RMSprop, Rprop, Adadelta, ASGD)
 _SINGLE = {"forward", "training_step", "validation_step", "test_step", "predict_step", "configure_optimizers", "configure_model"}
@@ -124,6 +124,14 @@ def _stacked(batches: Sequence[Any]) -> Any:
     return tree_unflatten([torch.stack(each) for each in zip(*leaves, strict=True)], structures[0])
 
 
+def run_step(member: LightningModule, step: str, batch: Any, batch_idx: int) -> Any:
+    """Run a step as Lightning does, which leaves the number of the batch away where a step does not take it."""
+    method = getattr(member, step)
+    takes = signature(method).parameters
+    numbered = len(takes) > 1 or any(parameter.kind is parameter.VAR_POSITIONAL for parameter in takes.values())
+    return method(batch, batch_idx) if numbered else method(batch)
+
+
 class PackedMembers(LightningModule):
     """All members in one module, which any Trainer trains.
 
@@ -152,9 +160,9 @@ class PackedMembers(LightningModule):
                 held.update({name: stacked[id(tensor)] for name, tensor in held.items() if tensor is not None})
 
     @override
-    def forward(self, step: str, *arguments: Any) -> Any:
+    def forward(self, step: str, batch: Any, batch_idx: int) -> Any:
         """Run a member's step."""
-        return getattr(self.member, step)(*arguments)
+        return run_step(self.member, step, batch, batch_idx)
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:

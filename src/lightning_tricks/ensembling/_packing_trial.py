@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map
 
 from lightning_tricks._core.lightning import Callback, LightningModule, Trainer, callbacks_of, override
 from lightning_tricks.ensembling._ensemble import _tolerance
-from lightning_tricks.ensembling._packing import CannotPackError, PackedMembers, loss_in
+from lightning_tricks.ensembling._packing import CannotPackError, PackedMembers, loss_in, run_step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -66,7 +66,7 @@ def _compare(packed: PackedMembers, alone: Sequence[Any], batch: Any) -> None:
             if isinstance(part, LightningModule):
                 part.log = lambda *_, **__: None  # type: ignore[method-assign]
         own = tree_map(lambda leaf, member=member: leaf[member], batch)
-        loss, again = (loss_in(module.training_step(own, 0)).detach() for _ in range(2))
+        loss, again = (loss_in(run_step(module, "training_step", own, 0)).detach() for _ in range(2))
         if loss == again and (together[member] - loss).abs() > _tolerance(loss) * max(1.0, loss.abs().item()):
             msg = f"mapping over the members gives other results: a loss of {together[member].item()} for {loss.item()} in member {member}"
             raise CannotPackError(msg)
