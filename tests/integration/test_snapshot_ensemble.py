@@ -514,3 +514,17 @@ def test_a_longer_fit_goes_on_and_a_new_one_begins_anew(tmp_path):
     assert [member.facts["step"] for member in run.trick._members] == [15, 20, 30]  # two cycles of 10, after three of 5
     make_trainer([run.trick]).fit(run.module, Loader(seed=4), VALIDATION)
     assert [member.facts["step"] for member in run.trick._members] == [5, 10, 15]
+
+
+def test_rates_are_set_on_groups_that_are_divided_within_steps():
+    seen = []
+
+    class Rates(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.append([group["lr"] for group in trainer.optimizers[0].param_groups])
+
+    tuning = lt.FineTuning({0: "*"}, lr_factors={"net.*.weight": 0.5})
+    for tricks in ([lt.SnapshotEnsemble(3), tuning], [tuning, lt.SnapshotEnsemble(3)], [lt.SnapshotEnsemble(3)]):
+        fit([*tricks, Rates()])
+    assert seen[:15] == seen[15:30] == seen[30:]
+    assert len({tuple(rates) for rates in seen[:5]}) == 5

@@ -69,9 +69,9 @@ def cut_mix(images: Tensor, boxes: Box | Sequence[Box], partners: Tensor) -> Ten
         The mixed images.
 
     Shape:
-        - Input: (N, *, H, W)
+        - Input: (N, ..., H, W)
         - Partners: (N)
-        - Output: (N, *, H, W)
+        - Output: (N, ..., H, W)
 
     Example:
         >>> cut_mix(torch.tensor([[[1, 1, 1]], [[2, 2, 2]]]), (0, 1, 0, 2), torch.tensor([1, 0]))

@@ -40,7 +40,7 @@ def smooth_labels(labels: Tensor, classes: int, smoothing: float = 0.1) -> Tenso
         Probabilities, which `torch.nn.functional.cross_entropy` takes.
 
     Shape:
-        - Input: (*)
+        - Input: (...)
         - Output: (*, K)
 
     Raises:

@@ -38,10 +38,10 @@ def mix_up(inputs: Tensor, share: float | Tensor, partners: Tensor) -> Tensor:
         The mixed samples.
 
     Shape:
-        - Input: (N, *)
+        - Input: (N, ...)
         - Share: () or (N)
         - Partners: (N)
-        - Output: (N, *)
+        - Output: (N, ...)
 
     Example:
         >>> mix_up(torch.tensor([[1.0], [2.0], [4.0]]), 0.5, torch.tensor([2, 1, 0]))

@@ -67,9 +67,9 @@ class CyclicRates:
                 raise UnsupportedOptimizerError(msg)
             if highest is not None:
                 self.bases = [[rate * highest / top for rate in rates] for rates in self.bases]
-        self._handles += after_each_step(self._optimizers[0], self._count, before=self.write)
+        self._handles += after_each_step(self._optimizers[0], self._count, before=self.write, outermost=True)
         for optimizer in self._optimizers[1:]:
-            self._handles += after_each_step(optimizer, self.write, before=self.write)
+            self._handles += after_each_step(optimizer, self.write, before=self.write, outermost=True)
         self.write()
 
     def detach(self) -> None:
