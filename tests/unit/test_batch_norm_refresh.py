@@ -55,11 +55,11 @@ def test_values_far_from_zero_keep_their_variance():
 
 
 def test_pieces_of_large_batches_make_no_difference(monkeypatch):
-    from lightning_tricks.normalization import _statistics
+    from lightning_tricks._core import batch_statistics
 
     batches = [torch.randn(9, 2, 6) + 3, torch.randn(4, 2, 6)]
     norm = nn.BatchNorm1d(2)
-    monkeypatch.setattr(_statistics, "_PIECE", 30)
+    monkeypatch.setattr(batch_statistics, "_PIECE", 30)
     refresh_batch_norm(norm, batches)
     close(norm, batches)
 
