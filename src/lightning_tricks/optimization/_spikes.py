@@ -24,7 +24,7 @@ def spike_limit(values: Sequence[float], threshold: float) -> float:
     """Return the largest value that is no outlier: ``m + k · max(1.4826 · MAD, 0.01 · |m|)`` with the median m.
 
     Example:
-        >>> spike_limit([1.0, 2.0, 3.0, 4.0, 100.0], threshold=2.0)
+        >>> round(spike_limit([1.0, 2.0, 3.0, 4.0, 100.0], threshold=2.0), 4)
         5.9652
     """
     center = median(values)
