@@ -24,6 +24,7 @@ from lightning_tricks.normalization._batch_norm_freeze import BatchNormFreeze
 from lightning_tricks.normalization._batch_norm_refresh import BatchNormRefresh
 from lightning_tricks.normalization._initialization import Initialization
 from lightning_tricks.normalization._norm_swap import NormSwap
+from lightning_tricks.optimization._loss_spike_guard import LossSpikeGuard
 from lightning_tricks.optimization._optimizer_factory import OptimizerFactory
 from lightning_tricks.optimization._weight_decay import WeightDecay
 from lightning_tricks.stochastic._drop_block import DropBlock
@@ -57,6 +58,7 @@ __all__ = [
     "LabelSmoothing",
     "LatestWeightAveraging",
     "LinearProbe",
+    "LossSpikeGuard",
     "MixUp",
     "NormSwap",
     "OptimizerFactory",

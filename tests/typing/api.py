@@ -104,6 +104,10 @@ lt.GradientFlow(
 )
 lt.GradientFlow(every=10, exploding=10.0, dead=0.9, saturated=0.9, heat_map=False)
 recorded: tuple[list[str], list[int], torch.Tensor] = flow.layers, flow.steps, flow.table("grad_norm")
+guard = lt.LossSpikeGuard()
+lt.LossSpikeGuard(8, window=50, watch="loss", patience=5)
+lt.LossSpikeGuard(threshold=8.0, watch=["loss", "grad_norm"], name="slow")
+left_out: int = guard.skipped
 diagnosis: functional.FitVerdict = lt.FitDiagnosis(train="train_loss", val="val/loss", goal=0.1, patience=2, tolerance=0.02).diagnosis
 gaps: list[float] = lt.FitDiagnosis(batches=20, name="slow").curves["gap"]
 functional.diagnose_fit([1.0, 0.5], (1.0, 0.7), goal=None, patience=1, tolerance=0.0).kind == "fitted"  # noqa: B015
@@ -289,6 +293,8 @@ lt.Initialization("he")  # type: ignore[arg-type]
 lt.Initialization("lsuv", residual="one")  # type: ignore[arg-type]
 lt.DropConnect(0.1, granularity="row")  # type: ignore[arg-type]
 lt.StochasticDepth(0.1, scaling="test")  # type: ignore[arg-type]
+lt.LossSpikeGuard(watch="norm")  # type: ignore[arg-type]
+lt.LossSpikeGuard(8.0, 50)  # type: ignore[call-arg]
 lt.WeightDecay(0.1, mode="l3")  # type: ignore[arg-type]
 lt.WeightDecay(0.1, skip="biases")  # type: ignore[arg-type]
 lt.WeightDecay(0.1, "l2")  # type: ignore[call-arg]
