@@ -9,7 +9,6 @@ Source: L. K. Hansen and P. Salamon, "Neural network ensembles", TPAMI, 1990.
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Iterable
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from lightning_tricks._core.checks import check_choice
+from lightning_tricks._core.copies import copy_module
 from lightning_tricks._core.files import check_paths, read_state_dict
 from lightning_tricks._core.lightning import override
 from lightning_tricks._core.strategies import plain_name
@@ -205,7 +205,7 @@ class Ensemble(nn.Module):
         if difference := _difference(list(self.members)):
             msg = f"A soup must have members of one architecture, and {difference}."
             raise ArgumentError(msg)
-        soup, states = copy.deepcopy(self.members[0]), [member.state_dict() for member in self.members]
+        soup, states = copy_module(self.members[0]), [member.state_dict() for member in self.members]
         means = {
             name: torch.stack([state[name].double() for state in states]).mean(0) if value.is_floating_point() else value
             for name, value in states[0].items()

@@ -7,7 +7,7 @@ member's loss, and an optimizer that acts on each number by itself treats each m
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import copy, deepcopy
+from copy import copy
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torchmetrics import Metric
 
+from lightning_tricks._core.copies import copy_module
 from lightning_tricks._core.epochs import seed_epoch
 from lightning_tricks._core.lightning import (
     LightningModule,
@@ -146,7 +147,7 @@ class PackedMembers(LightningModule):
         self.count = len(members)
         self.alone = list(members)  # until training starts; in a list, to be no submodules
         self.logs = PackedLogs()
-        self.member: Any = deepcopy(members[0])
+        self.member: Any = copy_module(members[0])
         stacked: dict[int, Tensor] = {}
         names = [dict(_named_tensors(member)) for member in members]
         for module in self.member.modules():

@@ -185,9 +185,10 @@ class MemberStore:
             for member in self.members
         ]
 
-    def saved(self, path: str | os.PathLike[str], trainer: Trainer) -> None:
-        """Note where a checkpoint was written that names the members, so that no file is deleted as long as it is there."""
-        self._naming[str(path)], self._pending = (self._pending, False), set()
+    def saved(self, path: str | os.PathLike[str], entries: Iterable[Mapping[str, Any]], trainer: Trainer) -> None:
+        """Note where a checkpoint was written, and what it holds, so that no file is deleted as long as it is there."""
+        named = {str(Path(entry["folder"], file)) for entry in entries for file in entry["files"]}
+        self._naming[str(path)], self._pending = (named, False), self._pending - named
         if trainer.is_global_zero:
             self._tidy()
 

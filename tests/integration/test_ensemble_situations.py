@@ -1,0 +1,123 @@
+"""Ensembles in situations that users bring about: compiled models, files of weights alone, several tricks, several fits."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader
+
+import lightning_tricks as lt
+from contracts.harness import Loader, make_trainer
+from lightning_tricks import functional
+from lightning_tricks import nn as modules
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Be aware that when using `ckpt_path`", "ignore:.*does not have many workers", "ignore:Checkpoint directory"
+)
+
+
+class Plain(pl.LightningModule):
+    """A classifier with BatchNorm."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3))
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
+
+    def test_step(self, batch, batch_idx):
+        self.log("test_loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
+
+    def predict_step(self, batch, batch_idx):
+        return self(batch[0])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+def trick(folder, members=3, **options):
+    return lt.SnapshotEnsemble(members, dirpath=folder / "members", **options)
+
+
+X = next(iter(Loader(1, size=8, seed=1)))[0]
+
+
+def fixed(*batches):
+    return DataLoader([(batch,) for batch in batches], batch_size=None)
+
+
+# Compiled models
+
+
+def compile_in_place(module):
+    module.compile(backend="eager")
+
+
+def compile_forward(module):
+    module.forward = torch.compile(module.forward, backend="eager")
+
+
+def compile_step(module):
+    """What Lightning does to each step of a module that was handed to ``torch.compile``."""
+    module.forward = torch.compile(module.forward, backend="eager")
+    module.predict_step = torch.compile(module.predict_step, backend="eager")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("compile_", [compile_in_place, compile_forward, compile_step])
+def test_compiled_models_answer_by_their_members_and_copies_by_weights_of_their_own(tmp_path, compile_):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    module, ensemble = Plain(), trick(tmp_path, 2)
+    compile_(module)
+    trainer = make_trainer([ensemble], max_epochs=2)
+    trainer.fit(module, Loader())
+    predicted = trainer.predict(module, fixed(X))[0]
+    joint, soup = ensemble.to_ensemble(), modules.Ensemble([module, Plain()]).eval().to_soup()
+    with torch.no_grad():
+        expected = functional.combine_predictions(torch.stack([member.net(X) for member in joint]))
+        torch.testing.assert_close(predicted, expected)
+        torch.testing.assert_close(joint(X), expected)
+        torch.testing.assert_close(soup(X), soup.net(X))
+        assert not torch.allclose(soup(X), module.eval()(X))
+
+
+# Files
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["whole", "weights alone"])
+def test_each_file_is_evaluated_with_the_members_of_its_time(tmp_path, alone):
+    module, ensemble = Plain(), trick(tmp_path)
+    trainer = make_trainer([ensemble, ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_weights_only=alone)])
+    trainer.fit(module, Loader())
+    trainer.save_checkpoint(tmp_path / "epoch=3.ckpt", weights_only=alone)
+    predicted = trainer.predict(module, fixed(X))
+    for epoch, members in enumerate([1, 2, 3, 3]):
+        other = trick(tmp_path)
+        again = make_trainer([other]).predict(Plain(), fixed(X), ckpt_path=tmp_path / f"epoch={epoch}.ckpt")
+        mine = trainer.predict(module, fixed(X), ckpt_path=tmp_path / f"epoch={epoch}.ckpt")
+        assert len(other._members) == len(ensemble._members) == members
+        assert torch.equal(again[0], mine[0])
+    assert torch.equal(mine[0], predicted[0])
+
+
+def test_members_that_checkpoints_name_stay_also_beside_a_trick_that_records_changes(tmp_path):
+    module, ensemble = Plain(), trick(tmp_path, 1, cycles=3)
+    saves = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    trainer = make_trainer([ensemble, lt.NormSwap("batch", "layer"), saves])
+    trainer.fit(module, Loader())
+    trainer.fit_loop.max_epochs = 6
+    trainer.fit(module, Loader())
+    for epoch in range(6):
+        trainer.test(module, Loader(1), ckpt_path=tmp_path / f"epoch={epoch}.ckpt", verbose=False)
+        assert len(ensemble._members) == 1
