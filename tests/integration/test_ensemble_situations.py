@@ -13,6 +13,7 @@ import lightning_tricks as lt
 from contracts.harness import Loader, make_trainer
 from lightning_tricks import functional
 from lightning_tricks import nn as modules
+from lightning_tricks._inspection import describe_checkpoint
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Be aware that when using `ckpt_path`", "ignore:.*does not have many workers", "ignore:Checkpoint directory"
@@ -121,3 +122,17 @@ def test_members_that_checkpoints_name_stay_also_beside_a_trick_that_records_cha
     for epoch in range(6):
         trainer.test(module, Loader(1), ckpt_path=tmp_path / f"epoch={epoch}.ckpt", verbose=False)
         assert len(ensemble._members) == 1
+
+
+def test_inspection_says_which_members_a_checkpoint_names_and_whether_they_are_there(tmp_path):
+    ensemble = trick(tmp_path / "run", 2, cycles=3)
+    trainer = make_trainer([ensemble])
+    trainer.fit(Plain(), Loader())
+    trainer.save_checkpoint(tmp_path / "run" / "last.ckpt")
+    first, second = (member.paths[0] for member in ensemble._members)
+    second.unlink()
+    told = describe_checkpoint(tmp_path / "run" / "last.ckpt").splitlines()
+    assert f"    step 10, cycle 2: {first}, {first.stat().st_size:,} bytes" in told
+    assert f"    step 15, cycle 3: {second}, missing" in told
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    assert str(moved / "members" / first.name) in describe_checkpoint(moved / "last.ckpt")
