@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import copy
 from inspect import signature
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -148,6 +149,8 @@ class PackedMembers(LightningModule):
         self.alone = list(members)  # until training starts; in a list, to be no submodules
         self.logs = PackedLogs()
         self.member: Any = copy_module(members[0])
+        if not defines(self.member, "validation_step"):  # so that the Trainer sees none, and says of it what it says of a member alone
+            self.validation_step = MethodType(LightningModule.validation_step, self)  # type: ignore[method-assign]
         stacked: dict[int, Tensor] = {}
         names = [dict(_named_tensors(member)) for member in members]
         for module in self.member.modules():
@@ -195,8 +198,6 @@ class PackedMembers(LightningModule):
 
     @override
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        if not defines(self.member, "validation_step"):
-            return
         logged: dict[str, Tensor] = {}
         options: dict[str, dict[str, Any]] = {}
         for member in range(self.count):
