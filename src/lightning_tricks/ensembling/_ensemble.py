@@ -69,7 +69,8 @@ class Ensemble(nn.Module):
     Note:
         Members are mapped over in evaluation mode without gradients for their weights; while they train, and in compiled and exported
         code, the loop runs. For mapping, weights of the members become views of stacked ones, which take no further memory and follow
-        whatever changes the weights in place. Parameters have the keys ``members.0.…``, ``members.1.…``
+        whatever changes the weights in place; `state_dict` gives them memory of their own again, until the next prediction, so that they
+        can be saved by any library. Parameters have the keys ``members.0.…``, ``members.1.…``
 
     References:
         L. K. Hansen and P. Salamon, "Neural network ensembles", TPAMI, 1990.
@@ -214,6 +215,17 @@ class Ensemble(nn.Module):
         return soup
 
     @override
+    def state_dict(self, *arguments: Any, **options: Any) -> Any:
+        if self._stack is not None:
+            with torch.inference_mode(mode=False), torch.no_grad():
+                for member in self.members:
+                    for name, tensor in _named_tensors(member):
+                        if tensor.untyped_storage().data_ptr() == self._stack[name].untyped_storage().data_ptr():
+                            tensor.data = tensor.data.clone()
+            self._stack = None
+        return super().state_dict(*arguments, **options)
+
+    @override
     def extra_repr(self) -> str:
         return f"combine={self.combine!r}, output={self.output!r}, class_dim={self.class_dim}, mode={self.mode!r}"
 
@@ -233,6 +245,10 @@ class Ensemble(nn.Module):
             if not isinstance(prediction, Tensor):
                 msg = f"Members of an Ensemble must return one tensor each, and one returned a {type(prediction).__name__}."
                 raise TrickError(msg)
+        shapes = {tuple(prediction.shape) for prediction in predictions}
+        if len(shapes) > 1:
+            msg = f"Members of an Ensemble must return tensors of one shape, and theirs are {sorted(shapes)}. Let all predict the same."
+            raise TrickError(msg)
         return torch.stack(predictions)
 
     def _map(self, inputs: tuple[Any, ...], options: dict[str, Any]) -> Tensor:
