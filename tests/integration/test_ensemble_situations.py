@@ -6,11 +6,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_tricks as lt
-from contracts.harness import Loader, make_trainer
+from contracts.harness import Loader, assert_equal, make_trainer
 from lightning_tricks import functional
 from lightning_tricks import nn as modules
 from lightning_tricks._inspection import describe_checkpoint
@@ -136,3 +137,25 @@ def test_inspection_says_which_members_a_checkpoint_names_and_whether_they_are_t
     assert f"    step 15, cycle 3: {second}, missing" in told
     moved = (tmp_path / "run").rename(tmp_path / "moved")
     assert str(moved / "members" / first.name) in describe_checkpoint(moved / "last.ckpt")
+
+
+# Averages
+
+
+@pytest.mark.parametrize("evaluate", [True, False])
+def test_a_strategy_that_hands_weights_to_all_ranks_changes_no_average(evaluate):
+    class Synchronizing(SingleDeviceStrategy):
+        def setup(self, trainer):  # as DDP does before an evaluation
+            super().setup(trainer)
+            with torch.no_grad():
+                for parameter in trainer.lightning_module.parameters():
+                    parameter.copy_(parameter.clone())
+
+    module, average = Plain(), lt.EMA(0.9, evaluate=evaluate)
+    trainer = make_trainer([average], strategy=Synchronizing(torch.device("cpu")))
+    trainer.fit(module, Loader())
+    raw, averaged = average.raw_state_dict(), average.averaged_state_dict()
+    trainer.predict(module, fixed(X))
+    assert_equal(average.raw_state_dict(), raw)
+    assert_equal(average.averaged_state_dict(), averaged)
+    assert not torch.equal(raw["net.1.weight"], averaged["net.1.weight"])
