@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from lightning_tricks._core.checkpoint import other_entries, read_changes
 from lightning_tricks._core.lightning import override
 from lightning_tricks._core.state_dicts import is_beside
+from lightning_tricks.ensembling._store import member_in, places_beside
 from lightning_tricks.errors import ArgumentError, CheckpointError, TrickError
 
 __all__ = ["describe_checkpoint"]
@@ -43,7 +44,7 @@ def describe_checkpoint(path: str | Path) -> str:
         checkpoint, foreign = _read(file)
         if not isinstance(checkpoint, Mapping):
             checkpoint = {"state_dict": {}}
-        lines = [*_header(path, checkpoint), *_weights(path, checkpoint), *_tricks(checkpoint), *_changes(checkpoint)]
+        lines = [*_header(path, checkpoint), *_weights(path, checkpoint), *_tricks(path, checkpoint), *_changes(checkpoint)]
     except TrickError:
         raise
     except Exception as error:
@@ -122,16 +123,16 @@ def _weights(path: Path, checkpoint: Mapping[str, Any]) -> list[str]:
     return [f"weights: {len(tensors) - beside} tensors, and {beside} that tricks keep beside them, in shards; {count:,} numbers together"]
 
 
-def _tricks(checkpoint: Mapping[str, Any]) -> list[str]:
+def _tricks(path: Path, checkpoint: Mapping[str, Any]) -> list[str]:
     entries = other_entries(checkpoint, ())
     lines = [] if entries or read_changes(checkpoint) else ["", "No trick has left anything in it."]
     for key, entry in entries.items():
         trick = str(entry.get("trick", key))
-        lines += ["", trick, *(f"  {line}" for line in _entry(entry))]
+        lines += ["", trick, *(f"  {line}" for line in _entry(path, entry))]
     return lines
 
 
-def _entry(entry: Mapping[str, Any]) -> list[str]:
+def _entry(path: Path, entry: Mapping[str, Any]) -> list[str]:
     lines = []
     if "tracks" in entry:
         where = (
@@ -143,6 +144,8 @@ def _entry(entry: Mapping[str, Any]) -> list[str]:
     for key, value in entry.items():
         if key == "tracks":
             lines += [_track(track) for track in value]
+        elif key == "members" and isinstance(value, list):
+            lines += [f"members: {len(value)}", *(f"  {_member(path, each)}" for each in value)]
         elif isinstance(value, Mapping) and (tensors := _tensors_in(value)):
             lines.append(f"{key}: {_size(tensors)}")
         elif isinstance(value, list) and value and all(isinstance(each, Mapping) for each in value):
@@ -156,6 +159,16 @@ def _track(track: Mapping[str, Any]) -> str:
     if track.get("begun") is None:
         return "average: not begun"
     return f"average of {len(track['names'])} tensors: begun at step {track['begun']}, {track['updates']} updates"
+
+
+def _member(path: Path, record: Mapping[str, Any]) -> str:
+    """Tell where a member of an ensemble is, and what is known of it."""
+    folder = Path(record["folder"])
+    member = member_in(record, places_beside(path, folder))
+    missing = next((file for file in member.paths if not file.is_file()), None)
+    others = f" and {len(member.files) - 1} more" if len(member.files) > 1 and not missing else ""
+    found = "missing" if missing else f"{sum(file.stat().st_size for file in member.paths):,} bytes"
+    return f"{_facts(member.facts)}: {missing or member.paths[0]}{others}, {found}"
 
 
 def _facts(record: Mapping[str, Any]) -> str:

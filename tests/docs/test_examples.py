@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import csv
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from contracts.harness import Worker
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.mark.full
 def test_uncertainty_compares_four_trainings_and_tracks_the_members(tmp_path):
-    environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_CACHE_DIR": str(tmp_path / "cache")}
-    command = [sys.executable, str(EXAMPLES / "uncertainty.py"), "--epochs=2", "--members=2", f"--output={tmp_path}", "--wandb"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    environment = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_CACHE_DIR": str(tmp_path / "cache")}
+    arguments = ["--epochs=2", "--members=2", f"--output={tmp_path}", "--wandb"]
+    Worker(EXAMPLES / "uncertainty.py", *arguments, environment=environment).finish()
     rows = list(csv.DictReader((tmp_path / "uncertainty.csv").read_text().splitlines()))
     assert len(rows) == 16
     assert {row["training"] for row in rows} == {"single", "MC dropout", "snapshot", "deep"}

@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import load_model, save_file, save_model
 from torch import nn
 
 from lightning_tricks.ensembling._combining import combine_predictions, decompose_uncertainty
@@ -277,6 +278,27 @@ def test_one_file_holds_all_members(x, tmp_path):
     again.load_state_dict(torch.load(tmp_path / "ensemble.pt", weights_only=True))
     with torch.no_grad():
         torch.testing.assert_close(again(x), ensemble(x))
+
+
+def test_members_that_were_mapped_over_are_saved_as_ones_that_were_not(x, tmp_path):
+    ensemble = Ensemble([nn.Linear(4, 3) for _ in range(3)], mode="vmap").eval()
+    with torch.no_grad():
+        expected = ensemble(x)
+        for _ in range(2):
+            save_model(ensemble, tmp_path / "model.safetensors")
+            save_file(ensemble.state_dict(), tmp_path / "file.safetensors")
+            torch.save(ensemble[0].state_dict(), tmp_path / "member.pt")
+            assert all(value.untyped_storage().nbytes() == value.nbytes for value in ensemble.state_dict().values())
+            assert torch.equal(ensemble(x), expected)
+        twin = Ensemble([nn.Linear(4, 3) for _ in range(3)], mode="vmap").eval()
+        twin(x)  # maps, too
+        load_model(twin, tmp_path / "model.safetensors")
+        assert torch.equal(twin(x), expected)
+
+
+def test_members_that_predict_different_shapes_are_refused(x):
+    with pytest.raises(TrickError, match=r"must return tensors of one shape, and theirs are \[\(\d, 2\), \(\d, 3\)\]"):
+        Ensemble([nn.Linear(4, 3), nn.Linear(4, 2)])(x)
 
 
 def test_from_checkpoints_reads_lightnings_and_plain_ones(x, tmp_path):

@@ -207,8 +207,10 @@ def test_dropped_members_stay_as_long_as_a_checkpoint_names_them(stored, tmp_pat
     first, second = store.members
 
     def save(name):
-        torch.save({"entries": store.entries()}, tmp_path / name)
-        store.saved(tmp_path / name, trainer())
+        entries = store.entries()
+        torch.save({"entries": entries}, tmp_path / name)
+        for _ in range(2):  # as where saving was wrapped twice
+            store.saved(tmp_path / name, entries, trainer())
 
     save("a.ckpt")
     save("b.ckpt")
@@ -229,8 +231,7 @@ def test_dropped_members_stay_as_long_as_a_checkpoint_names_them(stored, tmp_pat
 
 def test_a_checkpoint_that_was_never_seen_keeps_its_members(stored):
     _, store = stored
-    store.entries()
-    store.saved("remote://bucket/a.ckpt", trainer())  # or one that is still being written
+    store.saved("remote://bucket/a.ckpt", store.entries(), trainer())  # or one that is still being written
     store.drop(store.members[0], trainer())
     store.drop(store.members[0], trainer())
     assert len(files_in(store)) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 
 import lightning.pytorch as pl
 import pytest
@@ -433,7 +434,7 @@ def test_what_cannot_be_packed_is_refused_with_the_reason(make, trainer, words, 
     assert not (tmp_path / "ensemble.json").exists()
 
 
-@pytest.mark.parametrize(("times", "chosen"), [([0.02, 0.015], "packed"), ([0.02, 0.005], "loop")])
+@pytest.mark.parametrize(("times", "chosen"), [([0.02, 0.015, 0.9, 0.9], "packed"), ([0.9, 0.9, 0.02, 0.005], "loop")])
 def test_auto_measures_both_ways_and_says_which_it_takes(times, chosen, monkeypatch):
     measured, run = iter(times), _member_runs.time_steps
 
@@ -447,7 +448,22 @@ def test_auto_measures_both_ways_and_says_which_it_takes(times, chosen, monkeypa
     found = train(mode="auto", trainer={"max_epochs": 1})
     assert found.mode == chosen
     assert next(measured, None) is None
-    assert said[0].endswith(f": a step of all 2 takes 20.00 ms packed, and {2000 * times[1]:.2f} ms one after another.")
+    assert said[0].endswith(f": a step of all 2 takes 20.00 ms packed, and {2000 * min(times[1::2]):.2f} ms one after another.")
+
+
+class Unvalidated(Net):
+    validation_step = pl.LightningModule.validation_step
+
+
+@pytest.mark.parametrize(("make", "count"), [(Net, 1), (Unvalidated, 0)])
+def test_packing_and_trials_say_no_more_than_a_single_fit(make, count, monkeypatch, caplog):
+    monkeypatch.setattr(_member_runs, "_STEPS", 7)  # of the eight that there are
+    with warnings.catch_warnings(record=True) as warned, caplog.at_level("INFO", "lightning.pytorch"):
+        warnings.simplefilter("always")
+        found = train(make, mode="auto")
+    fits = 1 if found.mode == "packed" else 2
+    assert len([each for each in warned if "have no `val_dataloader`" in str(each.message)]) == fits * count
+    assert caplog.text.count("`Trainer.fit` stopped") == fits
 
 
 def test_auto_trains_one_after_another_what_cannot_be_packed_and_says_why(monkeypatch):

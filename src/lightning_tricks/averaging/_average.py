@@ -146,12 +146,22 @@ class WeightAverage(SwappingTrick):
             self._take_up(pl_module)
             if self.evaluation_owner:
                 self._patches.wrap(trainer.strategy, "lightning_module_state_dict", partial(self._deploying, trainer))
+        else:
+            self._patches.wrap(trainer.strategy, "setup", lambda own: partial(self._set_up, own))
         self._lasting.undo()
         if writes_own_files(trainer):
             self._lasting.wrap(trainer.strategy, "save_checkpoint", partial(self._saving, trainer))
         if self.evaluate == "both" and stage in {"fit", "validate"}:
             loop = trainer.fit_loop.epoch_loop.val_loop if stage == "fit" else trainer.validate_loop
             self._patches.wrap(loop, "run", lambda run: partial(self._run_twice, trainer, loop, run))
+
+    def _set_up(self, own: Callable[[Trainer], None], trainer: Trainer) -> None:
+        """Let the strategy set itself up, which under DDP writes rank zero's weights to all: they are the same."""
+        averages = self._averages
+        untouched = averages is not None and averages.untouched
+        own(trainer)
+        if averages is not None and untouched:
+            averages.mark()
 
     def _take_up(self, module: LightningModule) -> None:
         """Go on where an earlier fit of this model ended, or start anew."""

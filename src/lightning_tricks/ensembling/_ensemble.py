@@ -9,7 +9,6 @@ Source: L. K. Hansen and P. Salamon, "Neural network ensembles", TPAMI, 1990.
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Iterable
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from lightning_tricks._core.checks import check_choice
+from lightning_tricks._core.copies import copy_module
 from lightning_tricks._core.files import check_paths, read_state_dict
 from lightning_tricks._core.lightning import override
 from lightning_tricks._core.strategies import plain_name
@@ -69,7 +69,8 @@ class Ensemble(nn.Module):
     Note:
         Members are mapped over in evaluation mode without gradients for their weights; while they train, and in compiled and exported
         code, the loop runs. For mapping, weights of the members become views of stacked ones, which take no further memory and follow
-        whatever changes the weights in place. Parameters have the keys ``members.0.…``, ``members.1.…``
+        whatever changes the weights in place; `state_dict` gives them memory of their own again, until the next prediction, so that they
+        can be saved by any library. Parameters have the keys ``members.0.…``, ``members.1.…``
 
     References:
         L. K. Hansen and P. Salamon, "Neural network ensembles", TPAMI, 1990.
@@ -205,13 +206,24 @@ class Ensemble(nn.Module):
         if difference := _difference(list(self.members)):
             msg = f"A soup must have members of one architecture, and {difference}."
             raise ArgumentError(msg)
-        soup, states = copy.deepcopy(self.members[0]), [member.state_dict() for member in self.members]
+        soup, states = copy_module(self.members[0]), [member.state_dict() for member in self.members]
         means = {
             name: torch.stack([state[name].double() for state in states]).mean(0) if value.is_floating_point() else value
             for name, value in states[0].items()
         }
         soup.load_state_dict(means)
         return soup
+
+    @override
+    def state_dict(self, *arguments: Any, **options: Any) -> Any:
+        if self._stack is not None:
+            with torch.inference_mode(mode=False), torch.no_grad():
+                for member in self.members:
+                    for name, tensor in _named_tensors(member):
+                        if tensor.untyped_storage().data_ptr() == self._stack[name].untyped_storage().data_ptr():
+                            tensor.data = tensor.data.clone()
+            self._stack = None
+        return super().state_dict(*arguments, **options)
 
     @override
     def extra_repr(self) -> str:
@@ -233,6 +245,10 @@ class Ensemble(nn.Module):
             if not isinstance(prediction, Tensor):
                 msg = f"Members of an Ensemble must return one tensor each, and one returned a {type(prediction).__name__}."
                 raise TrickError(msg)
+        shapes = {tuple(prediction.shape) for prediction in predictions}
+        if len(shapes) > 1:
+            msg = f"Members of an Ensemble must return tensors of one shape, and theirs are {sorted(shapes)}. Let all predict the same."
+            raise TrickError(msg)
         return torch.stack(predictions)
 
     def _map(self, inputs: tuple[Any, ...], options: dict[str, Any]) -> Tensor:

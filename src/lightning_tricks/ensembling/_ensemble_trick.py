@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,6 +13,7 @@ from lightning_tricks._core.batch_norms import select_batch_norms
 from lightning_tricks._core.batch_statistics import measure_in_training, write_statistics
 from lightning_tricks._core.checkpoint import read_entry, write_entry
 from lightning_tricks._core.checks import check_bool, check_choice, check_count, check_path
+from lightning_tricks._core.copies import copy_module
 from lightning_tricks._core.evaluation import validate_aside
 from lightning_tricks._core.lightning import (
     STEP_OUTPUT,
@@ -31,11 +31,12 @@ from lightning_tricks._core.strategies import named_tensors, own_part, plain_nam
 from lightning_tricks._core.surgery import Patches
 from lightning_tricks._core.swapping import SwappingTrick
 from lightning_tricks.ensembling._answering import Answer
+from lightning_tricks.ensembling._arguments import check_batches, check_dim, check_item, check_target
 from lightning_tricks.ensembling._combining import Combine, Output, Uncertainty, check_combination
 from lightning_tricks.ensembling._ensemble import Ensemble
 from lightning_tricks.ensembling._evaluating import Combination, Evaluation
 from lightning_tricks.ensembling._store import MemberStore, members_folder
-from lightning_tricks.errors import ArgumentError, NothingMatchedError, TrickError
+from lightning_tricks.errors import NothingMatchedError, TrickError
 
 if TYPE_CHECKING:
     import os
@@ -75,19 +76,19 @@ class EnsembleTrick(SwappingTrick):
         super().__init__(name)
         self.members = check_count("members", members)
         check_combination(combine, output)
-        self.combine, self.output, self.class_dim = combine, output, _check_dim(class_dim)
+        self.combine, self.output, self.class_dim = combine, output, check_dim(class_dim)
         self._combination = Combination(self.combine, self.output, self.class_dim)
-        self.target = _check_target(target)
+        self.target = check_target(target)
         self.weights = check_choice("weights", weights, ("current", "average"))
-        self.refresh_batch_norm = _check_batches(refresh_batch_norm)
+        self.refresh_batch_norm = check_batches(refresh_batch_norm)
         self.evaluate = check_choice("evaluate", evaluate, (True, False, "members"))
         self.measure = check_bool("measure", measure)
-        self.item = _check_item(item)
+        self.item = check_item(item)
         self.memory = check_choice("memory", memory, ("cpu", "disk"))
         self.dirpath = check_path("dirpath", dirpath)
         self._module: LightningModule | None = None  # whose members there are
         self._store: MemberStore | None = None
-        self._patches = Patches()
+        self._patches, self._lasting = Patches(), Patches()  # the latter until the next setup, since models are saved after a fit, too
         self._answer: Answer | None = None
         self._evaluation: Evaluation | None = None  # while there is one
 
@@ -135,7 +136,7 @@ class EnsembleTrick(SwappingTrick):
             raise TrickError(msg)
         copies = []
         for member in members:
-            state, twin = self._kept.state_dict(member), copy.deepcopy(module)
+            state, twin = self._kept.state_dict(member), copy_module(module)
             own = {name: plain_name(name, compiled=False) for name in twin.state_dict()}
             twin.load_state_dict({name: state[plain] for name, plain in own.items() if plain in state}, strict=False)
             copies.append(self._target_in(twin))
@@ -177,9 +178,10 @@ class EnsembleTrick(SwappingTrick):
             find_average(callbacks_of(trainer), trick=repr(self))
         if self._module is not pl_module or self._store is None or (stage == "fit" and trainer.global_step == 0):
             self._begin_anew(trainer, pl_module)
+        self._lasting.undo()
+        self._lasting.wrap(trainer.strategy, "save_checkpoint", lambda save: partial(self._saving, trainer, save))
         if stage == "fit":
             self._kept.folder = members_folder(trainer, self.dirpath, self.log_prefix)
-            self._patches.wrap(trainer.strategy, "save_checkpoint", lambda save: partial(self._saving, trainer, save))
             if trainer.is_global_zero:
                 self._kept.sweep()
         if self.evaluate == "members" and stage in {"fit", "validate"}:
@@ -365,35 +367,8 @@ class EnsembleTrick(SwappingTrick):
         self._unpack(entry)
 
     def _saving(self, trainer: Trainer, save: Callable[..., None], checkpoint: Any, filepath: Any, *arguments: Any, **options: Any) -> None:
+        if "callbacks" not in checkpoint:  # in a file of weights alone, about which Lightning asks no callback
+            self.on_save_checkpoint(trainer, trainer.lightning_module, checkpoint)
         save(checkpoint, filepath, *arguments, **options)
-        self._kept.saved(filepath, trainer)
-
-
-def _check_dim(value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value == 0:
-        msg = f"`class_dim` must be the dimension of the classes, such as 1 or -1, and not 0, which is the batch, got {value!r}."
-        raise ArgumentError(msg)
-    return value
-
-
-def _check_target(value: str | None) -> str | None:
-    if value is not None and not (isinstance(value, str) and value):
-        msg = f"`target` must be the name of a module such as 'net.head', or None for the model's `forward`, got {value!r}."
-        raise ArgumentError(msg)
-    return value
-
-
-def _check_batches(value: int | Literal["all"] | None) -> int | Literal["all"] | None:
-    if value is None or value == "all":
-        return value
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        msg = f"`refresh_batch_norm` must be a number of batches of at least 1, 'all', or None to keep the statistics, got {value!r}."
-        raise ArgumentError(msg)
-    return value
-
-
-def _check_item(value: int | str | None) -> int | str | None:
-    if isinstance(value, bool) or not (value is None or isinstance(value, int | str)):
-        msg = f"`item` must be an index or a key in a batch, or None to look for labels where they often are, got {value!r}."
-        raise ArgumentError(msg)
-    return value
+        entry = read_entry(checkpoint, self.state_key)
+        self._kept.saved(filepath, [] if entry is None else entry["members"], trainer)

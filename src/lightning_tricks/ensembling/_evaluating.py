@@ -112,6 +112,7 @@ class Evaluation:
             )
             raise TrickError(msg)
 
+    @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]
     def _predict(self, call: Callable[[], Tensor]) -> Tensor:
         """Combine what the members predict; what measures statistics of training in between has the module's own weights."""
         if self.trainer.training:
@@ -125,12 +126,24 @@ class Evaluation:
         predictions = []
         try:
             for member in self.members:
-                self.lending.hold(member)
-                self._check_shards()
+                self._lend(member)
                 predictions.append(call())
         finally:
-            self.lending.hold(None)
-        self.predictions = torch.stack(predictions)
+            self._lend(None)
+        joint: Tensor = self._combine(predictions)
+        return joint
+
+    # Where a step is compiled as a whole, what surrounds the members' predictions is not.
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _lend(self, member: Member | None) -> None:
+        self.lending.hold(member)
+        if member is not None:
+            self._check_shards()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _combine(self, predictions: Sequence[Tensor]) -> Tensor:
+        self.predictions = torch.stack([*predictions])
         self._measure(self.predictions)
         return self.combination.joint(self.predictions)
 

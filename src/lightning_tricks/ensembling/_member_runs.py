@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from inspect import Parameter, signature
@@ -43,7 +44,7 @@ MakeTrainer = Callable[[], Trainer] | Callable[[int], Trainer] | Mapping[str, An
 
 _SHARDING = {"FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"}
 _PACKED, _PREDICTING = 0x9AC6ED, 0x00B
-_STEPS = 20  # that a trial takes
+_ROUNDS, _STEPS = 2, 10  # in which both ways take turns, and that a trial takes
 
 
 class _Watched(SeededEpochs):
@@ -103,8 +104,11 @@ class MemberRuns:
         """
         if mode == "loop" or (mode == "auto" and self.members == 1):
             return "loop"
+        packed = loop = math.inf
         try:
-            packed = self._time_packed(0 if mode == "packed" else _STEPS)
+            for _ in range(1 if mode == "packed" else _ROUNDS):  # since other processes may slow down the machine for as long as one
+                packed = min(packed, self._time_packed(0 if mode == "packed" else _STEPS))
+                loop = min(loop, math.inf if mode == "packed" else self.members * self._time_alone(_STEPS))
         except CannotPackError as error:
             if mode == "packed":
                 msg = f"`mode='packed'` must have members that can be trained at once, and {error}. Pass mode='loop' or mode='auto'."
@@ -113,7 +117,6 @@ class MemberRuns:
             return "loop"
         if mode == "packed":
             return "packed"
-        loop = self.members * self._time_alone(_STEPS)
         chosen: Literal["loop", "packed"] = "packed" if packed < loop else "loop"
         rank_zero_info(
             f"train_ensemble trains {'all members at once' if chosen == 'packed' else 'one member after another'}: a step of all "

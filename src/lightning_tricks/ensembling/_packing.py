@@ -7,8 +7,9 @@ member's loss, and an optimizer that acts on each number by itself treats each m
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import copy, deepcopy
+from copy import copy
 from inspect import signature
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torchmetrics import Metric
 
+from lightning_tricks._core.copies import copy_module
 from lightning_tricks._core.epochs import seed_epoch
 from lightning_tricks._core.lightning import (
     LightningModule,
@@ -146,7 +148,9 @@ class PackedMembers(LightningModule):
         self.count = len(members)
         self.alone = list(members)  # until training starts; in a list, to be no submodules
         self.logs = PackedLogs()
-        self.member: Any = deepcopy(members[0])
+        self.member: Any = copy_module(members[0])
+        if not defines(self.member, "validation_step"):  # so that the Trainer sees none, and says of it what it says of a member alone
+            self.validation_step = MethodType(LightningModule.validation_step, self)  # type: ignore[method-assign]
         stacked: dict[int, Tensor] = {}
         names = [dict(_named_tensors(member)) for member in members]
         for module in self.member.modules():
@@ -194,8 +198,6 @@ class PackedMembers(LightningModule):
 
     @override
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        if not defines(self.member, "validation_step"):
-            return
         logged: dict[str, Tensor] = {}
         options: dict[str, dict[str, Any]] = {}
         for member in range(self.count):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+import warnings
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.utils._pytree import tree_map
 
 from lightning_tricks._core.lightning import Callback, LightningModule, Trainer, callbacks_of, override
@@ -49,12 +51,17 @@ class _Trial(Callback):
         parameter = next(pl_module.parameters())
         if parameter.device.type != "cpu":
             parameter.flatten()[0].item()  # waits for the device
-        now = time.perf_counter()
+        now = self._clock(parameter.device.type)
         if self._end is not None:
             self.times.append(now - self._end)
         self._end = now
-        if len(self.times) == self._steps:
+        last = trainer.global_step == trainer.max_steps or (trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs)
+        if last or len(self.times) == self._steps:  # without the Trainer's word that it has reached its end
             raise _EndOfTrialError
+
+    def _clock(self, device: str) -> float:
+        # Where one thread computes, the time that other processes take from it is left out.
+        return time.process_time() if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def _compare(packed: PackedMembers, alone: Sequence[Any], batch: Any) -> None:
@@ -82,6 +89,7 @@ def time_steps(trainer: Any, fit: Callable[[], None], steps: int) -> float:
     callbacks_of(trainer)[:] = [trial]
     trainer.loggers = []
     trainer.limit_val_batches = trainer.num_sanity_val_steps = 0
-    with suppress(_EndOfTrialError):
+    with suppress(_EndOfTrialError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what there is to warn of, the fit itself will
         fit()
     return min(trial.times, default=float("inf"))

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from lightning_tricks._core.lightning import Trainer
 
-__all__ = ["Facts", "Member", "MemberStore", "members_folder"]
+__all__ = ["Facts", "Member", "MemberStore", "member_in", "members_folder", "places_beside"]
 
 Facts = Mapping[str, bool | int | float | str | None]
 """What is known of a member, such as the step at which it was taken."""
@@ -185,9 +185,10 @@ class MemberStore:
             for member in self.members
         ]
 
-    def saved(self, path: str | os.PathLike[str], trainer: Trainer) -> None:
-        """Note where a checkpoint was written that names the members, so that no file is deleted as long as it is there."""
-        self._naming[str(path)], self._pending = (self._pending, False), set()
+    def saved(self, path: str | os.PathLike[str], entries: Iterable[Mapping[str, Any]], trainer: Trainer) -> None:
+        """Note where a checkpoint was written, and what it holds, so that no file is deleted as long as it is there."""
+        named = {str(Path(entry["folder"], file)) for entry in entries for file in entry["files"]}
+        self._naming[str(path)], self._pending = (named, False), self._pending - named
         if trainer.is_global_zero:
             self._tidy()
 
@@ -202,7 +203,7 @@ class MemberStore:
         """
         problem, members = None, []
         try:
-            members = [_member_in(entry, self._places(trainer)) for entry in entries]
+            members = [member_in(entry, self._places(trainer)) for entry in entries]
             likes = likes_of(module)
             for member in members:
                 _check(member, likes, module, trainer)
@@ -215,9 +216,7 @@ class MemberStore:
             self._keep(member, likes, trainer.global_rank)
 
     def _places(self, trainer: Trainer) -> list[Path]:
-        path = Path(trainer.ckpt_path) if trainer.ckpt_path else None
-        beside = [] if path is None else [path.parent / self.folder.name, path.parent.parent / self.folder.name]
-        return [self.folder, *beside]
+        return [self.folder, *(places_beside(trainer.ckpt_path, self.folder) if trainer.ckpt_path else ())]
 
     # Use
 
@@ -268,8 +267,18 @@ def _read(member: Member, likes: Mapping[str, Tensor | Shards], rank: int) -> di
         return {name: files.part(name, like, rank) for name, like in likes.items()}
 
 
-def _member_in(entry: Mapping[str, Any], places: Sequence[Path]) -> Member:
-    """Return the member that an entry of a checkpoint describes."""
+def places_beside(checkpoint: str | os.PathLike[str], folder: Path) -> list[Path]:
+    """Return where a folder of members lies, if it was moved together with a checkpoint."""
+    parent = Path(checkpoint).parent
+    return [parent / folder.name, parent.parent / folder.name]
+
+
+def member_in(entry: Mapping[str, Any], places: Sequence[Path]) -> Member:
+    """Return the member that an entry of a checkpoint describes, in the first folder that has it: the recorded one, or one of these.
+
+    Raises:
+        CheckpointError: If it describes none.
+    """
     valid = isinstance(entry, Mapping) and set(_KEYS) <= set(entry) and len(entry["files"]) == len(entry["digests"]) > 0
     if not valid:
         msg = (
