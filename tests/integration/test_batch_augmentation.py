@@ -193,6 +193,12 @@ def test_callables_of_others_draw_from_the_key():
     assert torch.equal(states[0], states[2])
 
 
+def test_a_callable_may_turn_bytes_into_numbers():
+    several = [FLIP, lambda x: x / 255, lambda x: (x - 0.5) / 0.25]  # as torchvision's ToDtype and Normalize
+    module = train([lt.BatchAugmentation(several)], data=Batches((255 * IMAGES).byte()))
+    torch.testing.assert_close(module.seen["train"][0], ((255 * IMAGES).byte() / 255 - 0.5).flip(-1) / 0.25)
+
+
 @pytest.mark.full
 def test_transforms_of_torchvision_are_taken_as_they_are():
     from torchvision.transforms import v2

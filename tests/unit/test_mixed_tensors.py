@@ -63,6 +63,18 @@ def relabelled(x: Tensor, y: Tensor) -> Tensor:
     return F.multi_margin_loss(x, (y - 1).abs().clamp(max=2) % 3)
 
 
+def by_written_encodings(x: Tensor, y: Tensor) -> Tensor:
+    """A margin as reference implementations of ArcFace have it: what `scatter_` returns is thrown away."""
+    encoded = torch.zeros(x.shape)
+    encoded.scatter_(1, y.view(-1, 1), 1)
+    return F.cross_entropy(encoded * (x - 0.5) + (1 - encoded) * x, y)
+
+
+def asymmetric(x: Tensor, y: Tensor) -> Tensor:
+    own = (F.one_hot(y, CLASSES).expand_as(x) * x.softmax(1)).sum(1)
+    return -((1 - own) ** 3 * own.log()).mean()
+
+
 # Losses of labels, each at once for any share of the batch: λ l(ŷ, a) + (1 − λ) l(ŷ, b).
 ANY = {
     "cross-entropy": nn.CrossEntropyLoss(),
@@ -78,6 +90,11 @@ ANY = {
     "product with one-hot": lambda x, y: -(F.one_hot(y, CLASSES) * F.log_softmax(x, 1)).sum(1).mean(),
     "rows of the identity": lambda x, y: F.binary_cross_entropy_with_logits(x, torch.eye(CLASSES)[y]),
     "binary": lambda x, y: F.binary_cross_entropy_with_logits(x[:, 0], (y % 2).float()),
+    "binary as scores": lambda x, y: F.binary_cross_entropy_with_logits(x[:, :1], (y % 2).type_as(x).view_as(x[:, :1])),
+    "weights of the batch": lambda x, y: F.cross_entropy(x, y, weight=1 / torch.bincount(y, minlength=CLASSES).float()),
+    "bytes": lambda x, y: F.cross_entropy(x, y.byte(), weight=WEIGHT),
+    "written encodings": by_written_encodings,
+    "not linear in encodings": asymmetric,
     "multi-margin": F.multi_margin_loss,
     "focal": focal,
     "gathered": smoothing_by_gather,
@@ -90,6 +107,7 @@ ANY = {
 }
 EACH = ["cross-entropy", "sum", "none", "smoothed by itself", "nll", "old arguments", "binary of one-hot", "binary of scattered",
         "soft cross-entropy", "product with one-hot"]  # fmt: skip
+FOLLOWED = {"weights of samples", "weights of the batch", "binary", "bytes", "written encodings", "not linear in encodings"}
 
 
 def gradient(loss: Tensor, x: Tensor) -> Tensor:
@@ -103,6 +121,7 @@ def test_any_loss_of_labels_is_interpolated(loss, share: float):
     target = mix_targets(OWN, share, PARTNERS, Marks("MixUp()"))
     given, expected = loss(x, target), share * loss(x, OWN) + (1 - share) * loss(x, OTHER)
     assert isinstance(given, MixedTensor)
+    assert type(seen(given)) is Tensor
     torch.testing.assert_close(seen(given), expected)
     assert given.item() == pytest.approx(expected.item())
     torch.testing.assert_close(gradient(given, x), gradient(expected, x))
@@ -120,7 +139,7 @@ def test_losses_of_known_labels_take_a_share_of_each_sample(loss):
     torch.testing.assert_close(seen(F.binary_cross_entropy(x[:, 0].sigmoid(), numbers.flip(0).flip(0).float())), expected)
 
 
-@pytest.mark.parametrize("loss", [name for name in ANY if name not in {*EACH, "weights of samples", "binary"}])
+@pytest.mark.parametrize("loss", [name for name in ANY if name not in {*EACH, *FOLLOWED}])
 def test_losses_that_cannot_tell_samples_apart_are_refused(loss):
     with pytest.raises(errors.TrickError, match=r"gives each sample a share of its own.*Pass `per='batch'`"):
         ANY[loss](logits(), mix_targets(OWN, SHARES, PARTNERS, Marks("MixUp(per='sample')")))
@@ -207,6 +226,14 @@ def test_targets_that_are_numbers_are_mixed_themselves():
         assert type(torch.argmax(target, 1)) is Tensor
 
 
+def test_a_share_is_that_of_the_labels_wherever_else_other_targets_stand():
+    x, marks = logits()[:, 0], Marks("MixUp()")
+    weights, positions = mix_targets(WEIGHT[OWN], 0.7, PARTNERS, marks), mix_targets(torch.arange(6), 0.7, PARTNERS, marks)
+    soft = 0.7 * WEIGHT[OWN] + 0.3 * WEIGHT[OTHER]
+    expected = 0.7 * (soft * (torch.arange(6) > 2) * x).sum() + 0.3 * (soft * (PARTNERS > 2) * x).sum()
+    torch.testing.assert_close(seen((weights * (positions > 2) * x).sum()), expected)
+
+
 # Metrics
 
 
@@ -223,6 +250,11 @@ def test_metrics_see_the_labels_of_the_larger_share():
         assert type(target + 1) is Tensor
         assert F.cross_entropy(x, target).item() == F.cross_entropy(x, OTHER).item()
     assert F.cross_entropy(x.detach(), target).item() == pytest.approx(F.cross_entropy(x, OTHER).item())
+    each = mix_targets(OWN, SHARES, PARTNERS, Marks("MixUp(per='sample')"))
+    for mixture in (target, each):
+        best = torchmetrics.functional.accuracy(x, mixture, task="multiclass", num_classes=CLASSES, top_k=2, average="micro")
+        assert best.item() == (x.topk(2).indices == seen(mixture).view(-1, 1)).any(1).float().mean().item()
+        assert torch.unsqueeze(input=mixture, dim=1).tolist() == seen(mixture).view(-1, 1).tolist()
     counts = torch.zeros(CLASSES, dtype=torch.int64)
     counts.scatter_add_(0, target, torch.ones_like(target))
     assert counts.tolist() == torch.bincount(OTHER, minlength=CLASSES).tolist()

@@ -229,7 +229,8 @@ def test_standardized_targets_are_mixed_in_any_order_of_the_list():
             assert soft.abs().max() < 5
             assert (soft * scale + center).min() > 99
             torch.testing.assert_close(loss, F.mse_loss(module.net(x)[:, 0], soft).detach())
-    torch.testing.assert_close(runs[0], runs[1])
+        assert "batch_to_device" not in vars(module.trainer.strategy)
+    assert runs[0] == runs[1]
 
 
 class Manual(Probe):
@@ -267,7 +268,7 @@ def _hard(y: Tensor) -> Tensor:
 
 ESCAPES = {
     "no gradients": lambda module, x, y: F.cross_entropy(module.net(x), _hard(y)),
-    "numbers": lambda module, x, y: F.cross_entropy(module.net(x), torch.tensor(y.tolist())),
+    "numbers": lambda module, x, y: F.cross_entropy(module.net(x), y.new_tensor(y.tolist())),
     "in place": lambda module, x, y: F.binary_cross_entropy_with_logits(module.net(x), _encoded(y)),
     "no labels": lambda module, x, y: module.net(x).square().mean(),
 }
@@ -287,6 +288,16 @@ def test_losses_that_do_not_depend_on_the_targets_are_refused(trick, step: str, 
         train(copy.deepcopy(trick), step=ESCAPES[step], probe=probe)
     assert f"{trick!r} changes targets, and the loss that `training_step`" in str(raised.value)
     assert "does not depend on `batch[1]`" in str(raised.value)
+
+
+def test_labels_that_are_smoothed_nowhere_are_refused():
+    def step(module, x, y):
+        return -(torch.eye(3)[y] * module.net(x).log_softmax(1)).sum(1).mean()
+
+    for callbacks in ((lt.LabelSmoothing(),), (lt.MixUp(1.0), lt.LabelSmoothing())):
+        with pytest.raises(errors.TrickError, match=r"LabelSmoothing\(\) smooths labels in .*Probe hands those at `batch\[1\]` to none"):
+            train(*callbacks, step=step)
+    assert len(train(lt.MixUp(1.0), step=step).returned) == 5
 
 
 WRONG = [

@@ -33,7 +33,7 @@ def augment(images: Tensor, transforms: Augmentation | Sequence[Augmentation], *
             anew without compiling anew.
 
     Returns:
-        New images, in the given precision and memory layout.
+        New images, in the given precision and memory layout; bytes as numbers from a callable on that returns such.
 
     Shape:
         - Input: (N, C, H, W)
@@ -92,6 +92,8 @@ def transformed(images: Tensor, transforms: Sequence[Augmentation], key: Tensor)
         else:
             assert not isinstance(transform, Transform)
             current = _called(transform, as_given(current, dtype), int(own))
+            if dtype == torch.uint8 and current.is_floating_point():
+                dtype = current.dtype  # as whoever turns bytes into numbers scales them, too
     current = as_given(_moved(current, pending), dtype)
     laid_out = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
     return current.contiguous(memory_format=torch.channels_last) if laid_out else current

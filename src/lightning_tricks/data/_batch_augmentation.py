@@ -52,7 +52,8 @@ class BatchAugmentation(BatchTrick):
         draws what it would have drawn, ranks with different data draw independently, and no generator's state changes. That holds for
         callables that draw from torch's generators, too.
 
-        Images keep their precision and memory layout. Bytes stay bytes, as numbers in [0, 1] between transforms.
+        Images keep their precision and memory layout. Bytes stay bytes, as numbers in [0, 1] between transforms, until a callable
+        returns numbers for them.
 
     References:
         - A. Krizhevsky, I. Sutskever and G. E. Hinton, "ImageNet Classification with Deep Convolutional Neural Networks", NIPS, 2012.

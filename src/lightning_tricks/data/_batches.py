@@ -25,7 +25,7 @@ from lightning_tricks.errors import TrickError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["BatchTrick", "describe", "find", "replaced", "with_item"]
+__all__ = ["BatchTrick", "after_transfer", "describe", "find", "replaced", "with_item"]
 
 
 def find(batch: Any, item: int | str | None) -> Any:
@@ -99,7 +99,7 @@ class BatchTrick(Trick):
             self._undo()
             self._seed, self._reached = int(os.environ.get("PL_GLOBAL_SEED", "0")), False
             if not self.is_neutral:
-                self._detach = _after_transfer(trainer, partial(self._change, trainer), turn=self.turn)
+                self._detach = after_transfer(trainer, partial(self._change, trainer), turn=self.turn)
 
     def _change(self, trainer: Trainer, batch: Any) -> Any:
         self._reached = True
@@ -161,18 +161,20 @@ class _Transfer:
         return batch
 
 
-def _after_transfer(trainer: Trainer, change: Callable[[Any], Any], *, turn: int) -> Callable[[], None]:
-    """Change batches of training once they are on the device; return what ends that."""
+def after_transfer(trainer: Trainer, change: Callable[[Any], Any], *, turn: int) -> Callable[[], None]:
+    """Change batches of training once they are on the device, if not done already; return what ends that."""
     strategy = trainer.strategy
     transfer = vars(strategy).get("batch_to_device")
     if not isinstance(transfer, _Transfer):
         transfer = _Transfer(trainer)
         vars(strategy)["batch_to_device"] = transfer
     entry = turn, change
-    transfer.changes.append(entry)
+    if entry not in transfer.changes:
+        transfer.changes.append(entry)
 
     def undo() -> None:
-        transfer.changes.remove(entry)
+        if entry in transfer.changes:
+            transfer.changes.remove(entry)
         if not transfer.changes and vars(strategy).get("batch_to_device") is transfer:
             del vars(strategy)["batch_to_device"]
 

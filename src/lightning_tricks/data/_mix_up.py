@@ -112,8 +112,8 @@ class MixUp(MixingTrick):
     Note:
         Labels that are classes keep looking like classes: metrics see those with the larger share. Whatever function of torch makes a
         loss of them is called with both, after one forward pass, and the losses are weighed; `cross_entropy` and `nll_loss` take class
-        weights and ignored labels into account. Labels that are encoded by `one_hot` or `scatter` become soft labels. With
-        ``per="sample"``, other functions are refused.
+        weights and ignored labels into account. With ``per="sample"``, labels that are encoded by `one_hot` or `scatter` become soft
+        labels, and other functions are refused.
 
         What is drawn follows from seed, rank, epoch, step and batch: resuming is exact, and no generator's state is touched.
 

@@ -23,9 +23,12 @@ __all__ = ["Marks", "MixedTensor", "mixed", "seen"]
 
 Share = float | Tensor | None  # λ: of a batch, of each element, or unknown
 
-_CONVERSIONS = frozenset({"bfloat16", "cpu", "cuda", "double", "float", "half", "int", "long", "to", "type", "type_as"})
-_LAYOUTS = frozenset({"__getitem__", "chunk", "clone", "contiguous", "detach", "expand", "flatten", "flip", "movedim", "permute", "repeat",
-                      "repeat_interleave", "reshape", "split", "squeeze", "transpose", "unbind", "unsqueeze", "view"})  # fmt: skip
+_CONVERSIONS = frozenset({"bfloat16", "byte", "cpu", "cuda", "double", "float", "half", "int", "long", "to", "type", "type_as"})
+_LAYOUTS = frozenset({"__getitem__", "chunk", "clone", "contiguous", "detach", "expand", "expand_as", "flatten", "flip", "movedim",
+                      "permute", "repeat", "repeat_interleave", "reshape", "reshape_as", "split", "squeeze", "transpose", "unbind",
+                      "unsqueeze", "view", "view_as"})  # fmt: skip
+_ALIKE = frozenset({"expand_as", "reshape_as", "to", "type_as", "view_as"})  # of whose second tensor the values do not matter
+_ANEW = frozenset({"new_tensor", "rand_like", "randint_like", "randn_like"})  # of whose only tensor they do not
 _ELEMENTWISE = frozenset({"__add__", "__mul__", "__radd__", "__rmul__", "__rsub__", "__sub__", "add", "mul", "rsub", "sub"})
 _SCATTERS: tuple[Callable[..., Any], ...] = (Tensor.scatter_, Tensor.scatter, torch.scatter)
 _IN_PLACE = frozenset(
@@ -41,6 +44,7 @@ class Marks:
         self.tricks = [*tricks]
         self.alive = True  # until the training step ends
         self.reached = False  # by a backward pass
+        self.smoothed = False  # in a loss, or in what encodes labels
 
 
 class MixedTensor(Tensor):
@@ -103,21 +107,23 @@ def _evaluate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         arguments, options = tree_unflatten([pick(leaf) if isinstance(leaf, MixedTensor) else leaf for leaf in leaves], structure)
         return func(*arguments, **options)
 
+    name, first = func.__name__, next(iter((*args, *kwargs.values())))
     together = all(each.marks is marks for each in given)
-    if not (together and marks.alive and torch.is_grad_enabled()):
+    unread = name in _ANEW or (name in _ALIKE and not isinstance(first, MixedTensor))
+    if unread or not (together and marks.alive and torch.is_grad_enabled()):
         return call(seen)
     if func in _ENDS:
         marks.reached = True
         return call(seen)
     elsewhere = _writes_elsewhere(func, args, kwargs)
-    held = [each.branches[0] if isinstance(each, MixedTensor) else each for each in leaves]
+    held = [each.branches[0] if isinstance(each, MixedTensor) else each for each in ([first] if name in _ALIKE else leaves)]
     if any(isinstance(each, Tensor) and each.requires_grad for each in held):
         return _written(func, given, call) if elsewhere else _with_gradients(func, args, kwargs, given, call)
     if func in _SCATTERS or func is F.one_hot:
         encoded = _one_hot(func, args, kwargs)
         if encoded is not None:
             return encoded
-    return call(seen) if elsewhere else _without_gradients(func, args, given, call)
+    return call(seen) if elsewhere else _without_gradients(func, first, given, call)
 
 
 def _writes_elsewhere(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
@@ -134,7 +140,7 @@ def _branch(number: int) -> Callable[[MixedTensor], Tensor]:
 # Where nothing needs gradients: targets on their way to the loss, and metrics
 
 
-def _without_gradients(func: Any, args: Sequence[Any], given: Sequence[MixedTensor], call: Callable[..., Any]) -> Any:
+def _without_gradients(func: Any, first: Any, given: Sequence[MixedTensor], call: Callable[..., Any]) -> Any:
     """Keep the results for all branches together."""
     name, marks = func.__name__, given[0].marks
     count = max(len(each.branches) for each in given)
@@ -148,8 +154,8 @@ def _without_gradients(func: Any, args: Sequence[Any], given: Sequence[MixedTens
             call(_branch(number))
         return shown
     results = [call(_branch(number)) for number in range(count)] if apart else [shown, *(call(_branch(n)) for n in range(1, count))]
-    shares = _shares(name, args, given, call, shown)
-    looked_up = name == "__getitem__" and not isinstance(args[0], MixedTensor)  # in a table of weights, or of other classes
+    shares = _shares(name, first, given, call, shown)
+    looked_up = name == "__getitem__" and not isinstance(first, MixedTensor)  # in a table of weights, or of other classes
     follows = name in _CONVERSIONS | _LAYOUTS | _ELEMENTWISE and not looked_up
     classes, smoothing = any(each.classes for each in given), max(each.smoothing for each in given)
 
@@ -168,15 +174,16 @@ def _without_gradients(func: Any, args: Sequence[Any], given: Sequence[MixedTens
     return _zipped(join, shown, shares, *results)
 
 
-def _shares(name: str, args: Sequence[Any], given: Sequence[MixedTensor], call: Callable[..., Any], shown: Any) -> Any:
+def _shares(name: str, first: Any, given: Sequence[MixedTensor], call: Callable[..., Any], shown: Any) -> Any:
     """Return the shares of what a function returns, in its structure: those of a batch, or of its elements where they can be followed."""
     leaves, structure = tree_flatten(shown)
-    share = given[0].share
+    apart = [each.share for each in given if len(each.branches) > 1] or [given[0].share]
+    share = apart[0]
     if not isinstance(share, Tensor):
         return tree_unflatten([share] * len(leaves), structure)
-    if len(given) == 1 and given[0] is args[0] and name in _LAYOUTS:
+    if len(given) == 1 and given[0] is first and name in _LAYOUTS:
         return call(lambda tensor: tensor.share)
-    same = name in _CONVERSIONS | _ELEMENTWISE
+    same = name in _CONVERSIONS | _ELEMENTWISE and all(each is share for each in apart)
     shares = [share.to(leaf.device) if same and isinstance(leaf, Tensor) and leaf.shape == share.shape else None for leaf in leaves]
     return tree_unflatten(shares, structure)
 
@@ -188,11 +195,11 @@ def _zipped(join: Callable[..., Any], *trees: Any) -> Any:
 
 
 def _one_hot(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Encode classes as rows of probabilities, which are mixed and smoothed; None if what is scattered is something else.
+    """Encode classes as rows of probabilities, which are smoothed, and mixed if samples differ in their shares.
 
-    Raises:
-        TrickError: If shares cannot be followed.
+    None if what is scattered is something else.
     """
+    target = None
     if func is F.one_hot:
         labels, classes = args[0], args[1] if len(args) > 1 else kwargs.get("num_classes", -1)
         count = classes if classes >= 0 else max(int(branch.max()) for branch in labels.branches) + 1
@@ -204,13 +211,25 @@ def _one_hot(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if isinstance(target, MixedTensor) or not isinstance(labels, MixedTensor) or isinstance(bound["value"], Tensor):
             return None
         rows = [torch.scatter(target, dim, branch, bound["value"]) for branch in labels.branches]
-        share = labels.share if labels.shape[dim] == 1 else None
+        share = labels.share if labels.shape[dim] == 1 or not isinstance(labels.share, Tensor) else None
         if func is Tensor.scatter_:
-            target.copy_(rows[0])
-    if len(rows) > 1 and share is None:
-        _refuse_shares(func, labels.marks)
-    soft = soft_rows(rows, share, smoothing=labels.smoothing, dim=dim)
-    return mixed([soft], 1.0, labels.marks, visible=rows[0])
+            rows[0] = target.copy_(rows[0]).view_as(target)
+    smoothing, marks = labels.smoothing, labels.marks
+    marks.smoothed |= smoothing > 0
+    if isinstance(share, Tensor):
+        encoded = mixed([soft_rows(rows, share, smoothing=smoothing, dim=dim)], 1.0, marks, visible=rows[0])
+    elif smoothing:
+        encoded = mixed([soft_rows([row], None, smoothing=smoothing, dim=dim) for row in rows], share, marks, visible=rows[0])
+    else:
+        encoded = mixed(rows, share, marks)
+    return _become(target, encoded) if func is Tensor.scatter_ and type(target) is Tensor else encoded
+
+
+def _become(tensor: Tensor, encoded: MixedTensor) -> Tensor:
+    """Let a tensor that was changed in place, by which code may go on, stand for what the encoded one stands for."""
+    tensor.__class__ = MixedTensor
+    vars(tensor).update(vars(encoded))
+    return tensor
 
 
 def _arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,7 +255,7 @@ def _with_gradients(
     if any(each.classes and each.smoothing for each in given):
         msg = (
             f"{' and '.join(marks.tricks)} smooths labels in `cross_entropy`, `nll_loss` and `one_hot`, and `training_step` computes its "
-            f"loss by handing them to `{func.__name__}`. Use one of these, or smooth there and remove the callback."
+            f"loss by handing them to `{func.__name__}`. Use one of these, or smooth there and remove the callback; detach what is no loss."
         )
         raise TrickError(msg)
     count = max(len(each.branches) for each in given)
@@ -275,7 +294,8 @@ def _written(func: Any, given: Sequence[MixedTensor], call: Callable[..., Any]) 
 def _refuse_shares(func: Any, marks: Marks) -> None:
     msg = (
         f"{' and '.join(marks.tricks)} gives each sample a share of its own, and `training_step` computes its loss by handing labels to "
-        f"`{func.__name__}`, where samples cannot be told apart. Pass `per='batch'`, or use `cross_entropy`, `nll_loss` or `one_hot`."
+        f"`{func.__name__}`, where samples cannot be told apart. Pass `per='batch'`, or use `cross_entropy`, `nll_loss` or `one_hot`; "
+        "detach what is no loss."
     )
     raise TrickError(msg)
 
@@ -287,11 +307,11 @@ def _class_loss(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mix
         TrickError: If both a trick and the loss itself smooth labels.
     """
     options = arguments_of(func, args, kwargs)
-    scores, labels = options.pop("input"), options.pop("target")
+    scores, labels, weight = options.pop("input"), options.pop("target"), options.pop("weight")
     of_old = [options.pop(name) for name in ("size_average", "reduce")] != [None, None]
     if of_old or not isinstance(labels, MixedTensor) or labels.visible is not None or labels.branches[0].is_floating_point():
         return None
-    if isinstance(scores, MixedTensor) and len(scores.branches) > len(labels.branches):
+    if any(isinstance(each, MixedTensor) and len(each.branches) > len(labels.branches) for each in (scores, weight)):
         return None
     marks, smoothing, own = labels.marks, labels.smoothing, options.get("label_smoothing", 0.0)
     if smoothing and own:
@@ -304,6 +324,10 @@ def _class_loss(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mix
         options["label_smoothing"] = smoothing
     if len(labels.branches) > 1 and labels.share is None:
         _refuse_shares(func, marks)
-    inputs = [_branch(number)(scores) if isinstance(scores, MixedTensor) else scores for number in range(len(labels.branches))]
-    losses = class_loss(func, inputs, labels.branches, labels.share, smoothing=smoothing, options=options)
+    classes = [branch.long() for branch in labels.branches]
+    inputs, weights = (
+        [_branch(number)(each) if isinstance(each, MixedTensor) else each for number in range(len(classes))] for each in (scores, weight)
+    )
+    losses = class_loss(func, inputs, classes, labels.share, smoothing=smoothing, weights=weights, options=options)
+    marks.smoothed |= smoothing > 0
     return mixed(losses, labels.share, marks)

@@ -49,6 +49,7 @@ def class_loss(
     share: float | Tensor | None,
     *,
     smoothing: float,
+    weights: Sequence[Tensor | None],
     options: Mapping[str, Any],
 ) -> list[Tensor]:
     """Compute the cross-entropy with mixed and smoothed probabilities of classes.
@@ -61,28 +62,29 @@ def class_loss(
         labels: Indices of classes, one or two for each element.
         share: λ of the first, of all elements or of each.
         smoothing: ε, which `nll_loss` has no argument for.
+        weights: Those of classes, for each of the labels.
         options: The loss's further arguments.
 
     Returns:
         The loss, or those of each of two labels where they are not yet summed up, which may be weighed with shares of the batch later.
     """
     options = dict(options)
-    reduction, weight, ignored = options.pop("reduction"), options["weight"], options["ignore_index"]
+    reduction, ignored = options.pop("reduction"), options["ignore_index"]
     if len(labels) == 1 and func is F.cross_entropy:
-        return [func(scores[0], labels[0], reduction=reduction, **options)]
-    losses, weights = [], []
-    for given, classes in zip(scores, labels, strict=True):
+        return [func(scores[0], labels[0], weight=weights[0], reduction=reduction, **options)]
+    losses, totals = [], []
+    for given, classes, weight in zip(scores, labels, weights, strict=True):
         known = classes != ignored
-        each = func(given, classes, reduction="none", **options)
+        each = func(given, classes, weight=weight, reduction="none", **options)
         if smoothing and func is F.nll_loss:
             each = torch.lerp(each, _uniform_loss(given, weight).where(known, 0.0), smoothing)
         losses.append(each)
-        weights.append(known.to(each.dtype) if weight is None else weight[classes.where(known, 0)] * known)
+        totals.append(known.to(each.dtype) if weight is None else weight[classes.where(known, 0)] * known)
     if reduction == "none" and not isinstance(share, Tensor):
         return losses
     loss = weighed(losses, share)
     if reduction == "mean":
-        return [loss.sum() / weighed(weights, share).sum()]
+        return [loss.sum() / weighed(totals, share).sum()]
     return [loss.sum() if reduction == "sum" else loss]
 
 

@@ -10,15 +10,14 @@ section 4.5, for the scale of targets.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import nn
 
 from lightning_tricks._core.checks import check_bool, check_in_interval, check_name
 from lightning_tricks._core.lightning import STEP_OUTPUT, LightningModule, Trainer, override
-from lightning_tricks.data._batches import with_item
+from lightning_tricks.data._batches import after_transfer, with_item
 from lightning_tricks.data._standardizer import OutputStandardizer, attach, submodule
 from lightning_tricks.data._standardizing import StandardizingTrick, child_name
 from lightning_tricks.data._statistics import Per, StandardizationStatistics, tensor_in
@@ -163,11 +162,10 @@ class TargetStandardization(StandardizingTrick):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._standardized = False
-            self._patches.wrap(trainer.strategy, "batch_to_device", lambda move: partial(self._move, trainer, move))
+            self._patches.also(after_transfer(trainer, self._with_standardized, turn=5))  # before targets are mixed
 
-    def _move(self, trainer: Trainer, move: Callable[..., Any], batch: Any, *arguments: Any, **options: Any) -> Any:
-        batch = move(batch, *arguments, **options)
-        if not trainer.training or self._part is None or self._part.statistics is None:
+    def _with_standardized(self, batch: Any) -> Any:
+        if self._part is None or self._part.statistics is None:
             return batch
         self._standardized = True
         values = self._part.standardize(tensor_in(batch, self.item))

@@ -147,7 +147,7 @@ class _Step:
                     given = replaced(given, place, target)
             arguments, options = ((given, *arguments[1:]), options) if arguments else (arguments, {**options, "batch": given})
         for marks in at_work:
-            marks.alive, marks.reached = True, False
+            marks.alive, marks.reached, marks.smoothed = True, False, False
         try:
             output = self.own(*arguments, **options)
         finally:
@@ -162,7 +162,10 @@ class _Step:
         automatic = self.module.automatic_optimization
         loss = output.get("loss") if isinstance(output, Mapping) else output
         reached = any(marks.reached for marks in at_work) or (isinstance(loss, MixedTensor) and loss.branches[0].requires_grad)
-        if reached or (automatic and loss is None):
+        if automatic and loss is None:
+            return
+        if reached:
+            self._check_smoothing()
             return
         tricks = " and ".join(trick for marks in at_work for trick in marks.tricks)
         places = ", ".join(f"`batch[{place!r}]`" for place in dict.fromkeys(place for trick in self.tricks for place in trick.places))
@@ -173,3 +176,15 @@ class _Step:
             "without detours through numbers, NumPy, TorchScript or tensors changed in place, or say by `target` where its targets are."
         )
         raise TrickError(msg)
+
+    def _check_smoothing(self) -> None:
+        """Check that labels that are to be smoothed have come to a function that smooths them."""
+        missed = [place for place, each in self.marked.items() if each.smoothing and not each.marks.smoothed]
+        if missed:
+            tricks = " and ".join(repr(trick) for trick in self.tricks if not {*trick.places}.isdisjoint(missed))
+            msg = (
+                f"{tricks} smooths labels in `cross_entropy`, `nll_loss` and `one_hot`, and `training_step` of "
+                f"{type(self.module).__name__} hands those at {', '.join(f'`batch[{place!r}]`' for place in missed)} to none of these. "
+                "Use one of them, or smooth there and remove the callback."
+            )
+            raise TrickError(msg)
