@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from pathlib import Path
 
@@ -166,6 +167,76 @@ def test_weight_decay_sees_the_rates_with_their_factors():
     make_trainer([decay, tuning], max_epochs=2).fit(module, torch.utils.data.DataLoader(torch.zeros(3, 1)))
     for i, (name, factor) in enumerate((("a", 0.1), ("b", 1.0))):
         assert module.layers[name].weight.item() == pytest.approx((i + 1) * (1 - 0.02 * factor * 0.5) ** 6, rel=1e-12)
+
+
+@pytest.mark.parametrize("front", [True, False])
+def test_cyclic_rates_meet_factors_of_the_rate(front):
+    """Each step multiplies a weight by 1 − (its factor) · (the rate of the cycle) · (its curvature), whoever comes first in the list."""
+
+    class Plain(Quadratic):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.02)
+
+    class Weights(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            seen.append([layer.weight.item() for layer in pl_module.layers.values()])
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    module, seen, rates = Plain(), [[1.0, 2.0, 3.0, 4.0]], [0.02]
+    tuning, snapshots = lt.FineTuning({"0%": "*"}, lr_factors={"layers.a": 0.1}), lt.SnapshotEnsemble(2)
+    both = [tuning, snapshots] if front else [snapshots, tuning]
+    make_trainer([*both, Weights()], max_steps=6).fit(module, torch.utils.data.DataLoader(torch.zeros(6, 1)))
+    for rate, before, after in zip(rates, seen[:6], seen[1:], strict=False):
+        assert after == pytest.approx([w * (1 - f * rate * (i + 1)) for i, (w, f) in enumerate(zip(before, (0.1, 1, 1, 1), strict=True))])
+    assert len({round(rate, 6) for rate in rates[:3]}) == 3
+
+
+def test_layers_thaw_under_a_fused_optimizer_which_takes_no_parameters_without_momentum_beside_others(tmp_path):
+    stages, runs = {"0%": "head", "4 steps": "neck", "7 steps": "*"}, {}
+    for implementation in ("fused", "foreach"):
+        factory = lt.OptimizerFactory(optim.SGD(lr=0.05, momentum=0.9, weight_decay=0.1, implementation=implementation))
+        keep = ModelCheckpoint(tmp_path / implementation, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+        runs[implementation] = fit([factory, lt.FineTuning(stages), keep])
+    assert runs["fused"].losses == pytest.approx(runs["foreach"].losses, rel=1e-5)
+    for step in (4, 5, 7):
+        again = fit([copy.deepcopy(factory), lt.FineTuning(stages)], ckpt_path=tmp_path / f"foreach/step={step}.ckpt", seed=9)
+        assert again.losses == runs["foreach"].losses[step:]
+        resumed = lt.OptimizerFactory(optim.SGD(lr=0.05, momentum=0.9, weight_decay=0.1, implementation="fused"))
+        again = fit([resumed, lt.FineTuning(stages)], ckpt_path=tmp_path / f"fused/step={step}.ckpt", seed=9)
+        assert again.losses == runs["fused"].losses[step:]
+    fit([copy.deepcopy(resumed)], ckpt_path=tmp_path / "fused/step=5.ckpt")  # without the callback
+
+
+def test_a_checkpoint_may_hold_objects_of_any_class(tmp_path):
+    class Configured(Net):
+        def __init__(self):
+            super().__init__()
+            self.save_hyperparameters({"folder": Path("data"), "lr": 0.05})
+
+    keep = ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1, filename="{step}")
+    whole = fit([lt.FineTuning(STAGES), keep], Configured)
+    # Lightning before 2.6 has no such argument, and loads anything.
+    options = {"weights_only": False} if "weights_only" in inspect.signature(pl.Trainer.fit).parameters else {}
+    module, trainer = Configured(), make_trainer([lt.FineTuning(STAGES)])
+    trainer.fit(module, Loader(), ckpt_path=tmp_path / "step=15.ckpt", **options)
+    assert_equal(weights(module), weights(whole.module))
+
+
+def test_statistics_without_parameters_of_their_own_freeze_with_the_layer_before_them():
+    class Bare(Net):
+        def __init__(self):
+            super().__init__()
+            del self.tied, self.frozen, self.neck, self.head
+            spectral = nn.utils.parametrizations.spectral_norm(nn.Linear(144, 8))
+            self.body = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, affine=False), nn.Flatten(), spectral, nn.Linear(8, 3))
+
+        def forward(self, x):
+            return self.body(x)
+
+    watch = Watch()
+    fit([lt.FineTuning({"0%": "body.4", "4 steps": "body.0", "8 steps": "*"}), watch], Bare)
+    assert watch.moves("body.1.running") == [False] * 3 + [True] * 11
+    assert watch.moves("body.3.parametrizations.weight.0") == [False] * 7 + [True] * 7
 
 
 def test_optimizers_that_adapt_a_value_for_each_group_are_refused():

@@ -224,15 +224,20 @@ def _size(batch: Any) -> int:
 def _borrowed(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode, and each of its modules back into its own, with all buffers."""
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]  # a forward pass may put others in their places
+    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
     model.eval()
     try:
         yield
     finally:
         for module, mode in modes:
             module.training = mode
-        for buffer, kept in buffers:
-            buffer.copy_(kept)
+        for module, own in buffers:
+            module._buffers.clear()
+            module._buffers.update(own)
+        with torch.no_grad():
+            for buffer, value in kept:
+                buffer.copy_(value)
 
 
 @contextmanager
