@@ -132,9 +132,11 @@ def test_directions_of_another_model_are_normalized_anew():
             {"directions": [{"0.weight": torch.ones(1)}]},
             "`directions` must be 1 mapping(s), as `dimensions=1` says, from the model's 6 names",
         ),
+        ({"loss": lambda *_: 1.0}, "`loss` must return the mean loss of a batch, a tensor of one number, and returned 1.0."),
+        ({"loss": lambda *_: torch.ones(4)}, "a tensor of one number, and returned a tensor of shape (4,). Take its mean."),
         ({"loader": []}, "`loader` must yield at least one batch with samples, and yielded none."),
     ],
-    ids=str,
+    ids=lambda value: None if isinstance(value, dict) else value,
 )
 def test_wrong_arguments_are_refused_and_leave_the_model(arguments, words):
     model = make()

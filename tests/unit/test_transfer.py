@@ -265,6 +265,8 @@ def test_one_pass_serves_all_stages_and_leaves_the_model_alone():
         ([], {"stages": "maps"}, "needs batches to fit and to score classifiers on"),
         ([(torch.ones(2, 1, 4, 4), torch.ones(2))], {"stages": "maps"}, "needs the class of each sample, whole numbers"),
         ([(torch.ones(2, 1, 4, 4),)], {"stages": "maps"}, "`target=1` of a batch has a NoneType"),
+        ([(torch.ones(2, 1, 4, 4), torch.tensor([0, -100]))], {"stages": "maps"}, "needs classes that count from 0, .* has -100"),
+        ([(torch.ones(2, 1, 4, 4) / 0, torch.ones(2).long())], {"stages": "maps"}, "those of stage 'maps' are not for some samples"),
         ([(torch.ones(2, 1, 4, 4), torch.ones(2).long())], {"stages": "unused"}, "stage 'unused' must give features .* is not called"),
         ([(torch.ones(2, 1, 4, 4), torch.ones(2).long())], {"stages": "layer4"}, "`stages='layer4'` matched none"),
     ],
