@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from pathlib import Path
 
@@ -14,34 +15,12 @@ from torch import nn
 
 import lightning_tricks as lt
 from contracts.harness import Loader, Net, assert_equal, fit, launch, make_trainer, weights
-from lightning_tricks import errors, optim
-from reference.transfer import sgd_with_rates
+from integration.watch import Watch
+from lightning_tricks import errors
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore::UserWarning:torch.optim.lr_scheduler")
 
 STAGES = {"0%": "head", "4 steps": "neck", "2 epochs": "*"}
-
-
-class Watch(Callback):
-    """Notes, after each batch, the weights, the optimizer's momentum, its rates and the mode of the BatchNorm."""
-
-    def __init__(self) -> None:
-        self.states, self.buffers, self.rates, self.modes = [], [], [], []
-
-    def on_train_batch_end(self, trainer, pl_module, *_):
-        optimizer = trainer.optimizers[0]
-        names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
-        self.states.append(weights(pl_module))
-        self.buffers.append(
-            {names[id(p)]: s["momentum_buffer"].clone() for p, s in optimizer.state.items() if s.get("momentum_buffer") is not None}
-        )
-        self.rates.append([group["lr"] for group in optimizer.param_groups])
-        self.modes.append(pl_module.body[1].training)
-
-    def moves(self, prefix: str) -> list[bool]:
-        """Tell for each step but the first whether something under a name has changed."""
-        pairs = zip(self.states, self.states[1:], strict=False)
-        return [any(not torch.equal(one[name], other[name]) for name in one if name.startswith(prefix)) for one, other in pairs]
 
 
 class Decaying(Net):
@@ -102,70 +81,36 @@ def test_a_run_resumes_in_every_stage(step, tmp_path):
     assert_equal(weights(resumed.module), weights(whole.module))
 
 
-class Quadratic(pl.LightningModule):
-    """Four weights, each with a loss of its own, so that gradients are known."""
+def test_a_checkpoint_may_hold_objects_of_any_class(tmp_path):
+    class Configured(Net):
+        def __init__(self):
+            super().__init__()
+            self.save_hyperparameters({"folder": Path("data"), "lr": 0.05})
 
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleDict({name: nn.Linear(1, 1, bias=False) for name in "abcd"}).double()
-        for i, layer in enumerate(self.layers.values()):
-            nn.init.constant_(layer.weight, i + 1.0)
-
-    def training_step(self, batch, batch_idx):
-        return sum(layer.weight.square().sum() * (i + 1) / 2 for i, layer in enumerate(self.layers.values()))
-
-    def configure_optimizers(self):
-        groups = [{"params": list(self.layers["a"].parameters())}]
-        groups.append({"params": [p for name in "bcd" for p in self.layers[name].parameters()], "lr": 0.02})
-        optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9, weight_decay=0.1)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda t: 0.9**t, lambda t: 1 / (1 + t)])
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+    keep = ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1, filename="{step}")
+    whole = fit([lt.FineTuning(STAGES), keep], Configured)
+    # Lightning before 2.6 has no such argument, and loads anything.
+    options = {"weights_only": False} if "weights_only" in inspect.signature(pl.Trainer.fit).parameters else {}
+    module, trainer = Configured(), make_trainer([lt.FineTuning(STAGES)])
+    trainer.fit(module, Loader(), ckpt_path=tmp_path / "step=15.ckpt", **options)
+    assert_equal(weights(module), weights(whole.module))
 
 
-def test_rates_per_layer_follow_a_scheduler_with_a_function_for_each_group():
-    """Against the formula in loops: two groups with schedules of their own, one of them divided in three, and stages on top."""
-    torch.manual_seed(0)
-    module, stages = Quadratic(), {"0 steps": ["layers.c", "layers.d"], "2 steps": "layers.b", "5 steps": "*"}
-    rates = []
+def test_statistics_without_parameters_of_their_own_freeze_with_the_layer_before_them():
+    class Bare(Net):
+        def __init__(self):
+            super().__init__()
+            del self.tied, self.frozen, self.neck, self.head
+            spectral = nn.utils.parametrizations.spectral_norm(nn.Linear(144, 8))
+            self.body = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, affine=False), nn.Flatten(), spectral, nn.Linear(8, 3))
 
-    class Rates(Callback):
-        def on_train_batch_end(self, trainer, *_):
-            rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
-            assert [len(group["params"]) for group in trainer.optimizers[0].param_groups] == [1, 3]
+        def forward(self, x):
+            return self.body(x)
 
-    tuning = lt.FineTuning(stages, layer_decay=0.5, lr_factors={"layers.c": 0.1, "layers.?": 3.0, "c": 0.2})
-    make_trainer([tuning, Rates()], max_steps=9).fit(module, torch.utils.data.DataLoader(torch.zeros(9, 1)))
-    factors = {"a": 3 * 0.5**3, "b": 3 * 0.5**2, "c": 0.2 * 0.5, "d": 3.0}
-    given = [{name: factors[name] * (0.01 * 0.9**t if name == "a" else 0.02 / (1 + t)) for name in "abcd"} for t in range(9)]
-    expected = sgd_with_rates(
-        {name: i + 1.0 for i, name in enumerate("abcd")},
-        [lambda weights: {name: (i + 1) * weights[name] for i, name in enumerate("abcd")}] * 9,
-        given,
-        momentum=0.9,
-        weight_decay=0.1,
-        frozen=[{name for name in "ab" if t < {"a": 5, "b": 2}[name]} for t in range(9)],
-    )
-    for name, value in expected.items():
-        torch.testing.assert_close(module.layers[name].weight.item(), value, rtol=1e-12, atol=0)
-    torch.testing.assert_close(rates[0], [0.01 * 0.9, 0.02 / 2])  # after the scheduler's step, without factors
-
-
-def test_weight_decay_sees_the_rates_with_their_factors():
-    """Decay by another callback shrinks by the layer's own rate, whether it joins the optimizer's own or replaces it."""
-
-    class Plain(Quadratic):
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.02, weight_decay=0.3)
-
-        def training_step(self, batch, batch_idx):
-            return 0.0 * super().training_step(batch, batch_idx)
-
-    module = Plain()
-    decay = lt.WeightDecay(0.5, existing="replace")
-    tuning = lt.FineTuning({"0%": "*"}, lr_factors={"layers.a": 0.1})
-    make_trainer([decay, tuning], max_epochs=2).fit(module, torch.utils.data.DataLoader(torch.zeros(3, 1)))
-    for i, (name, factor) in enumerate((("a", 0.1), ("b", 1.0))):
-        assert module.layers[name].weight.item() == pytest.approx((i + 1) * (1 - 0.02 * factor * 0.5) ** 6, rel=1e-12)
+    watch = Watch()
+    fit([lt.FineTuning({"0%": "body.4", "4 steps": "body.0", "8 steps": "*"}), watch], Bare)
+    assert watch.moves("body.1.running") == [False] * 3 + [True] * 11
+    assert watch.moves("body.3.parametrizations.weight.0") == [False] * 7 + [True] * 7
 
 
 def test_optimizers_that_adapt_a_value_for_each_group_are_refused():
@@ -241,25 +186,6 @@ def test_an_exception_leaves_everything_trainable_and_groups_whole():
     assert "train" not in vars(module.body[1])
     optimizer = trainer.strategy._optimizers[0] if trainer.strategy._optimizers else None
     assert optimizer is None or len(optimizer.param_groups) == 1
-
-
-def test_two_holders_of_statistics_give_them_back_when_both_are_done():
-    watch = Watch()
-    run = fit([lt.FineTuning({"0%": "head", "6 steps": "*"}), lt.BatchNormFreeze(3), watch])
-    assert watch.modes == [False] * 15
-    assert run.module.body[1].training
-    watch = Watch()
-    fit([lt.FineTuning({"0%": "head", "6 steps": "*"}), lt.BatchNormFreeze(9), watch])
-    assert watch.modes == [False] * 6 + [True] * 3 + [False] * 6
-
-
-def test_ema_averages_what_thaws_and_the_factory_builds_over_all():
-    ema = lt.EMA(0.5)
-    factory = lt.OptimizerFactory(optim.AdamW(lr=1e-2, layer_decay=0.9, layers=["body", "neck", "tied", "head"]))
-    run = fit([ema, factory, lt.FineTuning({"0%": "head", "8 steps": "*"})])
-    raw, averaged = ema.raw_state_dict(), weights(run.module)
-    assert not torch.equal(raw["neck.weight"], averaged["neck.weight"])
-    assert not torch.equal(raw["head.weight"], averaged["head.weight"])
 
 
 # A new head

@@ -157,6 +157,35 @@ def test_wrappers_and_closures_evaluated_several_times_are_measured_by_their_who
     assert again.trick.steps == [1, 5, 10, 15]
 
 
+def test_layers_that_others_freeze_are_recorded_when_they_train_whoever_comes_first():
+    tables = []
+    for front in (True, False):
+        flow, tuning = lt.GradientFlow(every=1, where=["body", "neck"], heat_map=False), lt.FineTuning({"0%": "head", "4 steps": "neck"})
+        fit([flow, tuning] if front else [tuning, flow], max_epochs=2)
+        assert flow.steps == [5, 6, 7, 8, 9, 10]  # before, nothing that is selected trains
+        tables.append([flow.table(quantity) for quantity in ("grad_norm", "mean")])
+        assert flow.layers == ["body.0", "body.1", "body.2", "neck"]
+    for one, other in zip(*tables, strict=True):
+        assert torch.equal(one.isnan(), other.isnan())
+        assert torch.equal(one.nan_to_num(), other.nan_to_num())
+    assert tables[0][0].isnan().all(dim=1).tolist() == [True, True, True, False]
+    assert not tables[0][1].isnan().any()
+
+
+def test_a_parametrized_layer_is_one_layer_with_its_own_output():
+    class Normed(Net):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.utils.parametrizations.weight_norm(self.head)
+
+    flow = lt.GradientFlow(every=1, where="head", heat_map=False)
+    run = fit([flow], Normed, max_epochs=1)
+    assert flow.layers == ["head"]
+    assert flow.table("mean").shape == (1, 5)
+    assert not flow.table("mean").isnan().any()
+    assert not run.module.head._forward_hooks
+
+
 def test_hooks_are_there_for_recorded_steps_alone():
     seen = []
 

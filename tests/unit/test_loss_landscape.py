@@ -90,6 +90,25 @@ def test_the_model_and_its_surroundings_are_left_as_they_were_also_after_an_exce
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
 
 
+def test_buffers_that_a_forward_pass_replaces_are_the_models_own_again():
+    class Counting(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 2)
+            self.register_buffer("calls", torch.zeros(()))
+            self.register_buffer("cache", None)
+
+        def forward(self, x):
+            self.calls, self.cache = self.calls + 1, x
+            return super().forward(x)
+
+    model = Counting()
+    calls = model.calls
+    loss_landscape(model, [(torch.ones(2, 4), torch.tensor([0, 1]))], points=3)
+    assert model.calls is calls
+    assert calls == 0
+    assert model.cache is None
+
+
 def test_directions_of_another_model_are_normalized_anew():
     model, other = make(), make()
     with torch.no_grad():
@@ -113,9 +132,11 @@ def test_directions_of_another_model_are_normalized_anew():
             {"directions": [{"0.weight": torch.ones(1)}]},
             "`directions` must be 1 mapping(s), as `dimensions=1` says, from the model's 6 names",
         ),
+        ({"loss": lambda *_: 1.0}, "`loss` must return the mean loss of a batch, a tensor of one number, and returned 1.0."),
+        ({"loss": lambda *_: torch.ones(4)}, "a tensor of one number, and returned a tensor of shape (4,). Take its mean."),
         ({"loader": []}, "`loader` must yield at least one batch with samples, and yielded none."),
     ],
-    ids=str,
+    ids=lambda value: None if isinstance(value, dict) else value,
 )
 def test_wrong_arguments_are_refused_and_leave_the_model(arguments, words):
     model = make()

@@ -115,8 +115,10 @@ def test_the_head_of_several_can_be_named():
 def test_timm_says_what_its_head_is(name, head):
     import timm
 
+    # Of a few blocks, for speed.
+    small = {"embed_dim": 48, "depth": 2, "num_heads": 3} if "patch16" in name else {}
     with torch.device("meta"):
-        net = timm.create_model(name)
+        net = timm.create_model(name, **small)
         wrapped = nn.ModuleDict({"net": net})
         if head is None:
             with pytest.raises(errors.TrickError, match=r"such as 'net.head', 'net.head_dist'"):
@@ -128,13 +130,55 @@ def test_timm_says_what_its_head_is(name, head):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("name", "head"), [("resnet18", "fc"), ("squeezenet1_0", "classifier.1"), ("vit_b_16", "heads.head")])
-def test_torchvision_s_heads_are_found(name, head):
+@pytest.mark.parametrize("outputs", [10, 0])
+def test_a_head_behind_a_model_of_timm_is_one_of_two_if_that_has_its_own(outputs):
+    import timm
+
+    backbone = timm.create_model("test_convnext", num_classes=outputs)
+    net = nn.ModuleDict({"backbone": backbone, "head": nn.Linear(outputs or backbone.num_features, 9)})
+    if not outputs:
+        assert replace_head(net, 7).name == "head"
+        return
+    with pytest.raises(errors.TrickError, match=r"may have 2, such as 'backbone.head.fc', 'head'"):
+        replace_head(net, 7)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("name", "classes", "head"),
+    [
+        ("resnet18", 9, "fc"),  # as many as go three times into the first layer
+        ("squeezenet1_0", 9, "classifier.1"),  # whose last block has an end of its own
+        ("vit_b_16", 1000, "heads.head"),
+        ("swin_v2_t", 1000, "head"),  # whose blocks have networks for the bias of positions
+    ],
+)
+def test_torchvision_s_heads_are_found(name, classes, head):
     import torchvision
 
     with torch.device("meta"):
-        net = torchvision.models.get_model(name, weights=None)
+        net = torchvision.models.get_model(name, weights=None, num_classes=classes)
         assert replace_head(net, 7).name == head
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("name", "head", "more"),
+    [
+        ("BertForSequenceClassification", "classifier", {}),
+        ("RobertaForSequenceClassification", "classifier.out_proj", {}),
+        ("LlamaForSequenceClassification", "score", {"num_key_value_heads": 1}),  # keys and values are narrower than all else
+        ("ViTForImageClassification", "classifier", {}),
+    ],
+)
+def test_heads_of_transformers_are_found_and_their_configurations_follow(name, head, more):
+    import transformers
+
+    kind = getattr(transformers, name)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    net = kind(kind.config_class(**sizes, num_labels=4, **more))
+    assert replace_head(net, 7).name == head
+    assert (net.config.num_labels, net.num_labels) == (7, 7)
 
 
 # The plan
@@ -221,6 +265,8 @@ def test_one_pass_serves_all_stages_and_leaves_the_model_alone():
         ([], {"stages": "maps"}, "needs batches to fit and to score classifiers on"),
         ([(torch.ones(2, 1, 4, 4), torch.ones(2))], {"stages": "maps"}, "needs the class of each sample, whole numbers"),
         ([(torch.ones(2, 1, 4, 4),)], {"stages": "maps"}, "`target=1` of a batch has a NoneType"),
+        ([(torch.ones(2, 1, 4, 4), torch.tensor([0, -100]))], {"stages": "maps"}, "needs classes that count from 0, .* has -100"),
+        ([(torch.ones(2, 1, 4, 4) / 0, torch.ones(2).long())], {"stages": "maps"}, "those of stage 'maps' are not for some samples"),
         ([(torch.ones(2, 1, 4, 4), torch.ones(2).long())], {"stages": "unused"}, "stage 'unused' must give features .* is not called"),
         ([(torch.ones(2, 1, 4, 4), torch.ones(2).long())], {"stages": "layer4"}, "`stages='layer4'` matched none"),
     ],

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from lightning_tricks._core.owners import Owned
 
-__all__ = ["given_layers", "inferred_layers"]
+__all__ = ["blocks_of", "given_layers", "inferred_layers"]
 
 _CONTAINERS: Final = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -93,7 +93,7 @@ def _said_layers(model: nn.Module, names: Sequence[str], who: str, asking: str, 
 
 def _block_layers(model: nn.Module, names: Sequence[str]) -> list[int]:
     homes = [name.rpartition(".")[0] for name in names]
-    blocks = _blocks(model) or list(dict.fromkeys(homes))
+    blocks = blocks_of(model) or list(dict.fromkeys(homes))
     inside = [next((block for block in blocks if f"{home}.".startswith(f"{block}.")), None) for home in homes]
     order = {block: 1 + i for i, block in enumerate(dict.fromkeys(block for block in inside if block is not None))}
     first = min((i for i, block in enumerate(inside) if block is not None), default=0)
@@ -105,7 +105,7 @@ def _block_layers(model: nn.Module, names: Sequence[str]) -> list[int]:
     return ranks[::-1]
 
 
-def _blocks(model: nn.Module) -> list[str]:
+def blocks_of(model: nn.Module) -> list[str]:
     """Return the names of the blocks: composite elements of containers, of a class that recurs there.
 
     Where such elements contain others, the outer one is a stage if most of its parameters lie in those; else it is the block.

@@ -30,8 +30,8 @@ def shown(name: str) -> str:
 
 
 def layer_of(name: str) -> str:
-    """Return the layer that owns a parameter; one that the model itself owns stands for itself."""
-    return shown(name.rpartition(".")[0] or name)
+    """Return the layer that owns a parameter, parametrized or not; one that the model itself owns stands for itself."""
+    return shown(name.rpartition(".")[0].partition(".parametrizations.")[0] or name)
 
 
 def sizes_of(measured: Iterable[StepNorms]) -> dict[str, int]:

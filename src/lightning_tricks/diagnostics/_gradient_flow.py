@@ -38,13 +38,15 @@ from lightning_tricks._core.trick import Trick
 from lightning_tricks._core.updates import BeforeUpdate, updating
 from lightning_tricks.diagnostics._activations import ACTIVATIONS, ActivationProbe
 from lightning_tricks.diagnostics._flow_history import QUANTITIES, FlowHistory, Quantity
-from lightning_tricks.diagnostics._flow_record import layers_of, rows_of, shown, sizes_of, summary_of
+from lightning_tricks.diagnostics._flow_record import layer_of, layers_of, rows_of, shown, sizes_of, summary_of
 from lightning_tricks.diagnostics._flow_verdict import FlowJudge, Limits
 from lightning_tricks.diagnostics._heat_map import draw_heat_map, need_matplotlib
 from lightning_tricks.diagnostics._step_norms import StepNorms
 from lightning_tricks.errors import NothingMatchedError
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from torch.optim import Optimizer
     from torch.utils.hooks import RemovableHandle
 
@@ -98,8 +100,8 @@ class GradientFlow(Trick):
 
         Under DDP, activations and warnings are those of rank zero. Under FSDP2, tensor parallelism and FSDP1, norms are those of whole
         tensors. Compiled modules run no hooks: norms are measured, their activations are not. Activations that are functions, such as
-        ``torch.relu``, are seen as part of no module. The checkpoint holds all records as one tensor. Recorded steps need memory for a
-        copy of the weights.
+        ``torch.relu``, are seen as part of no module. Steps in which nothing that is selected trains, since another callback freezes it,
+        are not recorded. The checkpoint holds all records as one tensor. Recorded steps need memory for a copy of the weights.
 
     References:
         - X. Glorot and Y. Bengio, "Understanding the difficulty of training deep feedforward neural networks", AISTATS, 2010. Layers'
@@ -146,6 +148,7 @@ class GradientFlow(Trick):
         self._interval, self._folder = 1, Path()
         self._optimizers: list[Optimizer] = []
         self._hooks: list[BeforeUpdate | RemovableHandle] = []
+        self._trained: set[str] = set()  # names of what has required gradients when the fit began
         self._forget()
 
     def _forget(self) -> None:
@@ -196,9 +199,15 @@ class GradientFlow(Trick):
         selected = select_parameters(module, self.where, self.exclude, trick=type(self).__name__)
         return {name: parameter for name, parameter in selected.items() if parameter.requires_grad}
 
+    def _training(self, module: nn.Module, trained: Collection[str] = ()) -> dict[str, nn.Parameter]:
+        """Return what is selected and trains now, which may be nothing while others freeze it, and what has been known to train."""
+        named = ((plain_name(name), parameter) for name, parameter in module.named_parameters())
+        training = {name: parameter for name, parameter in named if parameter.requires_grad or name in trained}
+        return {name: each for name, each in training.items() if matches(name, self.where) and not matches(name, self.exclude)}
+
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._select(pl_module)
+        self._trained = set(self._select(pl_module))
         self._interval = max(1, self._duration.steps("every", trainer))
         self._folder = Path(trainer.log_dir or trainer.default_root_dir)
         self._attach(trainer, pl_module)
@@ -236,12 +245,12 @@ class GradientFlow(Trick):
 
     def _watched(self, module: LightningModule) -> dict[str, nn.Module]:
         """Return the modules whose outputs are measured: those that own parameters, and activations."""
-        owners = {name.rpartition(".")[0] for name in self._select(module)} - {""}
+        owners = {layer_of(name) for name in self._training(module, self._trained)}  # the same whoever freezes them before or after
         watched = {}
         for name, child in module.named_modules():
             plain = plain_name(name)
             chosen = isinstance(child, ACTIVATIONS) and matches(plain, self.where) and not matches(plain, self.exclude)
-            if plain in owners or chosen:
+            if shown(plain) in owners or chosen:
                 watched[shown(plain)] = child
         return watched
 
@@ -251,7 +260,7 @@ class GradientFlow(Trick):
         if evaluation == 0:
             moved, shards = moved_by(self._optimizers[index]), find_shards(wrapped(module))
             tensors: dict[str, Tensor | Shards] = {
-                name: shards.get(id(each), each) for name, each in self._select(module).items() if id(each) in moved
+                name: shards.get(id(each), each) for name, each in self._training(module).items() if id(each) in moved
             }
             self._norms[index] = StepNorms(tensors)
         if self._norms[index].tensors:

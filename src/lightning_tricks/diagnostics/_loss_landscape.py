@@ -143,7 +143,8 @@ def loss_landscape(
         The losses, where they were measured, and the directions.
 
     Raises:
-        ArgumentError: If an argument lies outside its domain, directions do not fit the model, or the loader is empty.
+        ArgumentError: If an argument lies outside its domain, directions do not fit the model, the loader is empty, or the loss is
+            no number.
         UnsupportedStrategyError: If parameters are sharded.
 
     Note:
@@ -187,13 +188,21 @@ def loss_landscape(
             size, losses = _size(moved), []
             for place in places:
                 move(place)
-                losses.append(loss(model, moved).detach().float())
+                losses.append(_checked_loss(loss(model, moved)))
             total += size * torch.stack(losses).cpu()
             samples += size
     if not samples:
         msg = "`loader` must yield at least one batch with samples, and yielded none."
         raise ArgumentError(msg)
     return LossLandscape((total / samples).view((points,) * dimensions), steps, normalized)
+
+
+def _checked_loss(value: Any) -> Tensor:
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        msg = f"`loss` must return the mean loss of a batch, a tensor of one number, and returned {found}. Take its mean."
+        raise ArgumentError(msg)
+    return value.detach().float().squeeze()
 
 
 def _random(weights: Mapping[str, Tensor], dimensions: int, seed: int) -> list[dict[str, Tensor]]:
@@ -224,15 +233,20 @@ def _size(batch: Any) -> int:
 def _borrowed(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode, and each of its modules back into its own, with all buffers."""
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]  # a forward pass may put others in their places
+    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
     model.eval()
     try:
         yield
     finally:
         for module, mode in modes:
             module.training = mode
-        for buffer, kept in buffers:
-            buffer.copy_(kept)
+        for module, own in buffers:
+            module._buffers.clear()
+            module._buffers.update(own)
+        with torch.no_grad():
+            for buffer, value in kept:
+                buffer.copy_(value)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lightning_tricks._core.clock import after_each_step
+from lightning_tricks._core.divided_groups import united
 from lightning_tricks.errors import UnsupportedOptimizerError
 
 if TYPE_CHECKING:
@@ -88,12 +89,13 @@ class CyclicRates:
         if factor is None:
             return
         for optimizer, bases in zip(self._optimizers, self.bases, strict=True):
-            bases += [_base_rate(group) for group in optimizer.param_groups[len(bases) :]]  # groups that joined, as thawed layers do
-            for group, base in zip(optimizer.param_groups, bases, strict=True):
-                if isinstance(group.get("lr"), Tensor):
-                    group["lr"].fill_(base * factor)
-                elif "lr" in group:
-                    group["lr"] = base * factor
+            with united(optimizer):
+                bases += [_base_rate(group) for group in optimizer.param_groups[len(bases) :]]  # groups that joined, as thawed layers do
+                for group, base in zip(optimizer.param_groups, bases, strict=True):
+                    if isinstance(group.get("lr"), Tensor):
+                        group["lr"].fill_(base * factor)
+                    elif "lr" in group:
+                        group["lr"] = base * factor
 
     @property
     def rate(self) -> float:

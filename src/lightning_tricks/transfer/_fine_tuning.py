@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_tricks._core.checkpoint import read_changes, read_entry, write_change, write_entry
 from lightning_tricks._core.checks import check_choice, check_count, check_in_interval, check_patterns
 from lightning_tricks._core.clock import Duration, plain_duration
+from lightning_tricks._core.divided_groups import DividedGroups
 from lightning_tricks._core.held_statistics import hold_statistics, release_statistics
 from lightning_tricks._core.lightning import STEP_OUTPUT, LightningModule, Trainer, callbacks_of, defines, logs_now, override
 from lightning_tricks._core.recording import RecordingTrick
@@ -35,10 +36,10 @@ from lightning_tricks._core.strategies import (
 )
 from lightning_tricks._core.surgery import Patches, when_built
 from lightning_tricks._core.trick import Trick
+from lightning_tricks._core.updates import updating
 from lightning_tricks.errors import ArgumentError, NothingMatchedError, TrickConflictError, TrickError
-from lightning_tricks.transfer._factors import DividedGroups
 from lightning_tricks.transfer._replace_head import find_head, is_replaced, outputs_of, replace_head
-from lightning_tricks.transfer._thawing import Thaw, Thawing, check_factors, check_thaw
+from lightning_tricks.transfer._thawing import Thaw, Thawing, begin_momentum, check_factors, check_thaw, frozen_norms
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -71,7 +72,8 @@ class FineTuning(RecordingTrick):
             of this name: blocks, and what stands before and after them.
         lr_factors: Globs over names of parameters, each with a factor of the learning rate; the last that matches wins. Multiplies with
             `layer_decay`.
-        statistics: Whether BatchNorm layers that are frozen keep their statistics, ``"freeze"``, or go on with them, ``"train"``.
+        statistics: Whether BatchNorm layers and spectral normalizations that are frozen keep their statistics, ``"freeze"``, or go on
+            with them, ``"train"``.
         num_classes: Outputs of a new head, which replaces the old one by `functional.replace_head` before the fit; a head of this size that
             has been made so before stays. None = the head stays.
         head: Name of the head, or a glob that matches it alone; None = find it, if it is needed.
@@ -96,7 +98,8 @@ class FineTuning(RecordingTrick):
         Parameters are frozen by ``requires_grad=False`` during training steps alone. DDP is made anew with each stage, since it reduces
         only what required gradients when it was made. FSDP2 and tensor parallelism follow by themselves.
 
-        Dropout in frozen layers goes on. What a model has frozen by itself stays so.
+        Dropout in frozen layers goes on. What a model has frozen by itself stays so. Gradient checkpointing of layers above frozen ones
+        needs torch's ``use_reentrant=False``, since the other kind passes no gradient to weights where inputs need none.
 
     References:
         - J. Yosinski, J. Clune, Y. Bengio and H. Lipson, "How transferable are features in deep neural networks?", NeurIPS, 2014.
@@ -170,7 +173,7 @@ class FineTuning(RecordingTrick):
         except NothingMatchedError:
             if not defines(pl_module, "setup", "configure_model"):  # which build layers later; the beginning looks again
                 raise
-        self._patches.wrap(trainer.strategy, "load_checkpoint", lambda load: partial(self._load, pl_module, load))
+        self._patches.wrap(trainer.strategy, "load_checkpoint", lambda load: partial(self._load, trainer, load))
 
     def _replace(self, module: LightningModule) -> None:
         assert self.num_classes is not None
@@ -194,6 +197,8 @@ class FineTuning(RecordingTrick):
                     "all parameters from the beginning; what is frozen does not move."
                 )
                 raise TrickError(msg)
+        for optimizer in trainer.optimizers if max(begins) else ():
+            begin_momentum(updating(optimizer), {id(owned.parameter) for _, thawed in self._thawed for owned in thawed})
         factors = self._thawing.factors(pl_module)
         if factors:
             self._divided = [DividedGroups(optimizer, factors, repr(self)) for optimizer in trainer.optimizers]
@@ -219,7 +224,7 @@ class FineTuning(RecordingTrick):
             parameter.grad = None  # what an earlier fit has left
         for norm in self._norms:
             release_statistics(norm, self.state_key, training=module.training)
-        self._norms = _frozen_norms(module, set(map(id, self._frozen.values()))) if self.statistics == "freeze" else []
+        self._norms = frozen_norms(module, set(map(id, self._frozen.values()))) if self.statistics == "freeze" else []
         for norm in self._norms:
             hold_statistics(norm, self.state_key)
         rewrap(trainer)
@@ -279,29 +284,20 @@ class FineTuning(RecordingTrick):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         write_entry(checkpoint, self.state_key, repr(self), {"frozen": list(self._frozen)})
 
-    def _load(self, module: LightningModule, load: Callable[..., Any], path: Any, *arguments: Any, **options: Any) -> Any:
+    def _load(self, trainer: Trainer, load: Callable[..., Any], path: Any, *arguments: Any, **options: Any) -> Any:
         """Load a checkpoint in which optimizers have no state of what was frozen; FSDP2 asks for one of all that requires gradients."""
+        module = trainer.lightning_module
         file = Path(path, "meta.pt") if Path(path).is_dir() else Path(path)
-        entry = read_entry(torch.load(file, map_location="cpu", mmap=True, weights_only=True), self.state_key) if file.is_file() else None
+        entry = None
+        if trainer.strategy.restore_checkpoint_after_setup and file.is_file():  # others do not look at gradients when they load
+            safe: bool | None = options.get("weights_only")
+            entry = read_entry(torch.load(file, map_location="cpu", mmap=True, weights_only=safe), self.state_key)
         frozen = set((entry or {}).get("frozen", ()))
         self._switch_off([parameter for name, parameter in module.named_parameters() if plain_name(name) in frozen])
         try:
             return load(path, *arguments, **options)
         finally:
             self._switch_on()
-
-
-def _frozen_norms(model: nn.Module, frozen: set[int]) -> list[nn.Module]:
-    """Return the layers with running statistics whose parameters are frozen; where they have none, those of the module around them."""
-    found, modules = [], dict(model.named_modules())
-    for path, module in modules.items():
-        if isinstance(getattr(module, "running_mean", None), Tensor):
-            home = path
-            while home and not any(True for _ in modules[home].parameters()):
-                home = home.rpartition(".")[0]
-            if all(id(parameter) in frozen or not parameter.requires_grad for parameter in modules[home].parameters()):
-                found.append(module)
-    return found
 
 
 def _check_stages(stages: Mapping[str, Thaw]) -> dict[int | str, Thaw]:

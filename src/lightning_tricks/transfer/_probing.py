@@ -39,7 +39,7 @@ def collect_features(
         trick: How errors name who asks.
 
     Raises:
-        TrickError: If there are no batches, labels are none, or a stage is not reached or returns no features.
+        TrickError: If there are no batches, labels are none, or a stage is not reached or returns no features, or none that are finite.
     """
     seen: dict[str, Tensor] = {}
     parts: dict[str, list[Tensor]] = {name: [] for name in stages}
@@ -71,7 +71,12 @@ def collect_features(
     if not labels:
         msg = f"{trick} needs batches to fit and to score classifiers on, and there are none. Give it training and validation data."
         raise TrickError(msg)
-    return {name: torch.cat(part) for name, part in parts.items()}, torch.cat(labels)
+    features = {name: torch.cat(part) for name, part in parts.items()}
+    broken = [name for name, values in features.items() if not values.isfinite().all()]
+    if broken:
+        msg = f"{trick}: features must be finite, and those of stage {broken[0]!r} are not for some samples. Look at weights and data."
+        raise TrickError(msg)
+    return features, torch.cat(labels)
 
 
 def _pooled(output: Any, channel_dim: int | None, what: str) -> Tensor:
@@ -95,6 +100,11 @@ def _labels(batch: Any, target: int | str, trick: str) -> Tensor:
     if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
         found = f"shape {tuple(labels.shape)}, {labels.dtype}" if isinstance(labels, Tensor) else f"a {type(labels).__name__}"
         msg = f"{trick} needs the class of each sample, whole numbers of shape (N,), and `target={target!r}` of a batch has {found}."
+        raise TrickError(msg)
+    if len(labels) and labels.min() < 0:
+        msg = (
+            f"{trick} needs classes that count from 0, and `target={target!r}` of a batch has {int(labels.min())}. Leave such samples out."
+        )
         raise TrickError(msg)
     return labels.detach().long().cpu()
 

@@ -19,6 +19,8 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_tricks._core.checks import check_count, check_patterns
+from lightning_tricks._core.layers import blocks_of
+from lightning_tricks._core.owners import clean_name
 from lightning_tricks._core.selection import select_modules
 from lightning_tricks._core.strategies import plain_name
 from lightning_tricks._core.surgery import replace_module
@@ -138,28 +140,41 @@ def outputs_of(layer: nn.Module) -> int:
 
 
 def _said_heads(model: nn.Module) -> dict[str, nn.Module]:
-    """Return what the models of timm within a model call their classifiers."""
+    """Return what the models of timm within a model call their classifiers, and layers after them that may be the head instead."""
     speakers: list[Any] = [module for module in model.modules() if callable(getattr(type(module), "get_classifier", None))]
     said = [speaker.get_classifier() for speaker in speakers]
     heads = [head for each in said for head in (each if isinstance(each, tuple | list | nn.ModuleList) else [each])]
     names = {id(module): plain_name(name) for name, module in model.named_modules()}
-    return {names[id(head)]: head for head in heads if isinstance(head, _KINDS) and id(head) in names}
+    found = {names[id(head)]: head for head in heads if isinstance(head, _KINDS) and id(head) in names}
+    inside = {id(module) for speaker in speakers for module in speaker.modules()}
+    later = {name: layer for name, layer in _untaken(model, later=True).items() if id(layer) not in inside}
+    return {**found, **later} if found else {}
 
 
 def _loose_ends(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the layers whose outputs no other layer can take, by their numbers; if there is none, no layer that comes later."""
+    """Return the layers whose outputs no other layer can take, by their numbers; if there is none, no layer that comes later.
+
+    Layers within blocks that recur are heads only if there is none elsewhere.
+    """
+    blocks = tuple(f"{block}." for block in blocks_of(model))
+    ends = [_untaken(model, later=later) for later in (False, True)]
+    outside = [{name: layer for name, layer in each.items() if not clean_name(name).startswith(blocks)} for each in ends]
+    return next((each for each in (*outside, *ends) if each), {})
+
+
+def _untaken(model: nn.Module, *, later: bool) -> dict[str, nn.Module]:
+    """Return the layers whose outputs no other one can take, or no one that comes `later`."""
     layers: dict[str, nn.Module] = {plain_name(name): module for name, module in model.named_modules() if isinstance(module, _KINDS)}
     order = {id(module): i for i, module in enumerate(model.modules())}
     takers = [(order[id(module)], module, taken) for module in model.modules() for taken in _inputs_of(module)]
 
-    def taken(layer: nn.Module, *, later: bool) -> bool:
+    def taken(layer: nn.Module) -> bool:
         return any(
             taker is not layer and (not later or position > order[id(layer)]) and _fits(layer, taker, number)
             for position, taker, number in takers
         )
 
-    loose = {name: layer for name, layer in layers.items() if not taken(layer, later=False)}
-    return loose or {name: layer for name, layer in layers.items() if not taken(layer, later=True)}
+    return {name: layer for name, layer in layers.items() if not taken(layer)}
 
 
 def _fits(layer: nn.Module, taker: nn.Module, number: int) -> bool:

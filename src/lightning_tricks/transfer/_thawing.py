@@ -7,20 +7,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeAlias
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.optim import SGD
 
 from lightning_tricks._core.checks import check_count, check_in_interval, check_patterns
 from lightning_tricks._core.layers import inferred_layers
 from lightning_tricks._core.owners import Owned, owned_parameters
 from lightning_tricks._core.selection import matches
-from lightning_tricks._core.strategies import return_to_shards
+from lightning_tricks._core.strategies import plain_name, return_to_shards
 from lightning_tricks.errors import ArgumentError, NothingMatchedError
 from lightning_tricks.transfer._replace_head import find_head
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
-__all__ = ["Thaw", "Thawing", "check_factors", "check_thaw"]
+    from torch.optim import Optimizer
+
+__all__ = ["Thaw", "Thawing", "begin_momentum", "check_factors", "check_thaw", "frozen_norms"]
 
 Thaw: TypeAlias = int | str | Sequence[str]
 
@@ -101,6 +106,40 @@ class Thawing:
                     factors[id(owned.parameter)] *= factor
                     break
         return {key: factor for key, factor in factors.items() if factor != 1}
+
+
+def frozen_norms(model: nn.Module, frozen: Collection[int]) -> list[nn.Module]:
+    """Return the layers with running statistics, or vectors of a power iteration, whose parameters are frozen.
+
+    One without parameters of its own goes with those of the module around it, and where some of these train, with the layer before it.
+    """
+    found, modules = [], {plain_name(name): module for name, module in model.named_modules()}
+    owners = [path for path, module in modules.items() if any(True for _ in module.parameters(recurse=False))]
+    order = {path: i for i, path in enumerate(modules)}
+
+    def stands(module: nn.Module, *, recurse: bool = True) -> bool:
+        return all(id(parameter) in frozen or not parameter.requires_grad for parameter in module.parameters(recurse))
+
+    for path, module in modules.items():
+        if isinstance(getattr(module, "running_mean", None), Tensor) or isinstance(module, _SpectralNorm):
+            home = path
+            while home and not any(True for _ in modules[home].parameters()):
+                home = home.rpartition(".")[0]
+            before = [owner for owner in owners if f"{owner}.".startswith(f"{home}." if home else "") and order[owner] < order[path]]
+            if stands(modules[home]) or (home != path and before and stands(modules[before[-1]], recurse=False)):
+                found.append(module)
+    return found
+
+
+def begin_momentum(optimizer: Optimizer, parameters: Collection[int]) -> None:
+    """Give parameters that have no momentum one of zero, from which the first step without dampening makes what it would make of none.
+
+    torch's fused SGD cannot take parameters with momentum and others without in one step; other optimizers are left alone.
+    """
+    for group in optimizer.param_groups if isinstance(optimizer, SGD) else ():
+        for parameter in group["params"] if group.get("fused") and group["momentum"] else ():
+            if id(parameter) in parameters and optimizer.state[parameter].get("momentum_buffer") is None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def check_thaw(name: str, value: Thaw) -> Thaw:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -12,9 +13,10 @@ from lightning_tricks._core.updates import updating
 from lightning_tricks.errors import UnsupportedOptimizerError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
+    from contextlib import AbstractContextManager
 
-__all__ = ["DividedGroups"]
+__all__ = ["DividedGroups", "united"]
 
 Group = dict[str, Any]
 
@@ -50,7 +52,7 @@ class DividedGroups:
                 msg = f"{trick} multiplies learning rates, and {kind} has `lr={group.get('lr')!r}`. Give it one, or leave the factors out."
                 raise UnsupportedOptimizerError(msg)
         self._optimizer._patch_step_function()
-        before = self._optimizer.register_step_pre_hook(lambda *_: self._divide())
+        before = self._optimizer.register_step_pre_hook(self._divide)
         hooks: Any = self._optimizer._optimizer_step_pre_hooks
         hooks.move_to_end(before.id, last=False)  # all others see the groups as they are in the step,
         put_outermost(hooks, last=False)  # but for those that set rates
@@ -71,7 +73,25 @@ class DividedGroups:
                     group["lr"] = lent["lr"]
         self._depth, self._whole, self._lent = 0, [], []
 
-    def _divide(self) -> None:
+    @contextmanager
+    def united(self) -> Iterator[None]:
+        """Show the groups as they were built, within a step, to one who sets their rates; the parts follow."""
+        if not self._whole:
+            yield
+            return
+        divided, self._optimizer.param_groups = self._optimizer.param_groups, self._whole
+        for group, _, lent in self._lent:
+            group["lr"] = lent["lr"]
+        try:
+            yield
+        finally:
+            self._optimizer.param_groups = divided
+            for group, parts, lent in self._lent:
+                lent["lr"] = group["lr"]
+                for factor, part in parts.items():
+                    part["lr"] = lent["lr"] * factor
+
+    def _divide(self, *_: Any) -> None:
         self._depth += 1
         if self._depth > 1:
             return
@@ -105,7 +125,7 @@ class DividedGroups:
         rates = [part["lr"] for _, parts, before in lent for factor, part in parts.items() if not _same(part["lr"], before["lr"] * factor)]
         self.restore()
         for (group, _, before), parts_after in zip(lent, after, strict=True):
-            for name in {name for part in parts_after for name in part}:
+            for name in sorted({name for part in parts_after for name in part}):
                 values = [part.get(name) for part in parts_after]
                 if any(not _same(value, values[0]) for value in values[1:]):
                     self._refuse(name)
@@ -121,6 +141,15 @@ class DividedGroups:
             "then differ within a group. Leave the factors out, or give layers groups of their own in `configure_optimizers`."
         )
         raise UnsupportedOptimizerError(msg)
+
+
+def united(optimizer: Optimizer) -> AbstractContextManager[None]:
+    """Let an optimizer show its groups as they were built, also within a step for which they are divided."""
+    for hook in optimizer._optimizer_step_pre_hooks.values():
+        divided = getattr(hook, "__self__", None)
+        if isinstance(divided, DividedGroups):
+            return divided.united()
+    return nullcontext()
 
 
 def _same(one: Any, other: Any) -> bool:
