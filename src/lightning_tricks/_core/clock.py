@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from lightning_tricks._core.lightning import Trainer
 
-__all__ = ["Duration", "FitLength", "after_each_engine_step", "after_each_step", "plain_duration", "put_outermost"]
+__all__ = ["Duration", "FitLength", "after_each_engine_step", "after_each_step", "plain_duration"]
 
 _FORM = re.compile(r"(?P<amount>\d+)\s*(?P<unit>steps?|epochs?)|(?P<percent>\d+(?:\.\d+)?)\s*%")
 
@@ -176,20 +176,11 @@ def after_each_engine_step(engine: Any, act: Callable[[], None], *, before: Call
     return [engine.step.register(before, act)]
 
 
-def after_each_step(
-    optimizer: Optimizer, act: Callable[[], None], *, before: Callable[[], None] | None = None, outermost: bool = False
-) -> list[RemovableHandle]:
+def after_each_step(optimizer: Optimizer, act: Callable[[], None], *, before: Callable[[], None] | None = None) -> list[RemovableHandle]:
     """Call `act` after each step that the optimizer really takes, and `before` before each step that it is asked for.
 
     A step that a gradient scaler skips is none. Fused optimizers skip inside their kernel and tell by ``found_inf``, which is read
     from the device: one synchronization a step, with fused optimizers under fp16 alone.
-
-    Args:
-        optimizer: The optimizer.
-        act: What to call after a step.
-        before: What to call before a step.
-        outermost: Whether nobody is to be called before `before` or after `act`, as is needed to see parameter groups that others
-            divide for the length of a step as they are between steps.
 
     Raises:
         UnsupportedOptimizerError: If the optimizer has no step hooks.
@@ -208,20 +199,7 @@ def after_each_step(
         if found_inf is None or not found_inf.item():
             act()
 
-    hook.outermost = outermost  # type: ignore[attr-defined]
     handles = [optimizer.register_step_post_hook(hook)]
     if before is not None:
-
-        def ahead(*_: Any) -> None:
-            before()
-
-        ahead.outermost = outermost  # type: ignore[attr-defined]
-        handles.append(optimizer.register_step_pre_hook(ahead))
-        put_outermost(optimizer._optimizer_step_pre_hooks, last=False)
+        handles.append(optimizer.register_step_pre_hook(lambda *_: before()))
     return handles
-
-
-def put_outermost(hooks: Any, *, last: bool) -> None:
-    """Let those of an optimizer's hooks that were registered as outermost be the first, or the last, that are called."""
-    for key in [key for key, hook in hooks.items() if getattr(hook, "outermost", False)]:
-        hooks.move_to_end(key, last=last)

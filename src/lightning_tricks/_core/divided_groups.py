@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from lightning_tricks._core.clock import put_outermost
 from lightning_tricks._core.updates import updating
 from lightning_tricks.errors import UnsupportedOptimizerError
 
@@ -54,8 +53,7 @@ class DividedGroups:
         self._optimizer._patch_step_function()
         before = self._optimizer.register_step_pre_hook(self._divide)
         hooks: Any = self._optimizer._optimizer_step_pre_hooks
-        hooks.move_to_end(before.id, last=False)  # all others see the groups as they are in the step,
-        put_outermost(hooks, last=False)  # but for those that set rates
+        hooks.move_to_end(before.id, last=False)  # all others see the groups as they are in the step
         self._handles = [before, self._optimizer.register_step_post_hook(lambda *_: self._unite())]
 
     def remove(self) -> None:
@@ -97,7 +95,6 @@ class DividedGroups:
             return
         hooks: Any = self._optimizer._optimizer_step_post_hooks
         hooks.move_to_end(self._handles[1].id)
-        put_outermost(hooks, last=True)
         self._whole = self._optimizer.param_groups
         divided: list[Group] = []
         for group in self._whole:

@@ -68,9 +68,9 @@ class CyclicRates:
                 raise UnsupportedOptimizerError(msg)
             if highest is not None:
                 self.bases = [[rate * highest / top for rate in rates] for rates in self.bases]
-        self._handles += after_each_step(self._optimizers[0], self._count, before=self.write, outermost=True)
+        self._handles += after_each_step(self._optimizers[0], self._count, before=self.write)
         for optimizer in self._optimizers[1:]:
-            self._handles += after_each_step(optimizer, self.write, before=self.write, outermost=True)
+            self._handles += after_each_step(optimizer, self.write, before=self.write)
         self.write()
 
     def detach(self) -> None:
