@@ -31,6 +31,7 @@ __all__ = [
     "MisconfigurationException",
     "Trainer",
     "callbacks_of",
+    "configure",
     "defines",
     "is_averaging_callback",
     "is_lightning_module_class",
@@ -143,6 +144,23 @@ def defines(module: LightningModule, *hooks: str) -> bool:
     The instance's attributes are left aside, since a hook replaced on the instance is ours and not the user's.
     """
     return any(getattr(type(module), hook) not in [getattr(lightning.LightningModule, hook) for lightning in _LIGHTNINGS] for hook in hooks)
+
+
+def configure(config: dict[str, Any]) -> tuple[LightningModule, Any, Trainer]:
+    """Let LightningCLI make what a configuration describes: a module, a datamodule or None, and a Trainer. No seed is set.
+
+    Raises:
+        Exception: Whatever LightningCLI or a constructor raises.
+    """
+    line = import_module(f"{_HOME.__name__}.cli").LightningCLI
+
+    class Line(line):  # type: ignore[misc, valid-type]
+        @override
+        def parse_arguments(self, parser: Any, args: Any) -> None:
+            self.config = parser.parse_object(args)  # whatever the command line of this process is
+
+    made = Line(args=config, run=False, save_config_callback=None, seed_everything_default=False, parser_kwargs={"exit_on_error": False})
+    return made.model, made.datamodule, made.trainer
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:

@@ -1,0 +1,1 @@
+"""Find out which tricks help a model, and with which arguments."""
