@@ -57,7 +57,7 @@ def explain(name: str, *, whole: bool = False) -> str:
 
 def _public() -> dict[str, Any]:
     """Return every public name, those of the modules with the module's name before it."""
-    public = {}
+    public: dict[str, Any] = {}
     for name in lightning_tricks.__all__:
         value = getattr(lightning_tricks, name)
         public |= {f"{name}.{each}": getattr(value, each) for each in value.__all__} if inspect.ismodule(value) else {name: value}

@@ -192,7 +192,7 @@ class Configuration:
         def named(place: Path_) -> int:
             value: Any = self.tree
             for part in place:
-                value = value.get(part) if isinstance(value, Mapping) else value[part] if isinstance(value, list) else None
+                value = value.get(part) if isinstance(value, Mapping) else value[int(part)] if isinstance(value, list) else None
             key_named = isinstance(place[-1], str) and _says(words, rf"[`'\".]{re.escape(place[-1])}['\"`=]")
             value_named = not isinstance(value, Mapping | list | bool | None) and _says(words, rf"\b{re.escape(str(value))}\b")
             return 2 * key_named + value_named

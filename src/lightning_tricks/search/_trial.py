@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from lightning_tricks._core.draws import fold
-from lightning_tricks._core.lightning import Callback, LightningModule, Trainer, override, seed_everything
+from lightning_tricks._core.lightning import Callback, LightningModule, Trainer, callbacks_of, override, seed_everything
 from lightning_tricks.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def run_trial(build: Callable[[], Built], callbacks: Sequence[Callback], *, seed
     seed_everything(seed, workers=True)
     module, datamodule, trainer = build()
     meter = Meter(seed)
-    trainer.callbacks[:0] = [meter, *copy.deepcopy(list(callbacks))]
+    callbacks_of(trainer)[:0] = [meter, *copy.deepcopy(list(callbacks))]
     begin = time.perf_counter()
     trainer.fit(module, datamodule=datamodule)
     seconds = time.perf_counter() - begin
@@ -76,7 +76,8 @@ def run_trial(build: Callable[[], Built], callbacks: Sequence[Callback], *, seed
     evaluate(module, datamodule=datamodule, verbose=False)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if torch.as_tensor(value).numel() == 1}
     if metric not in metrics:
-        msg = f"`metric` must be logged by {'test' if test else 'validation'}_step, got {metric!r}; logged are: {', '.join(metrics) or 'none'}."
+        step, there = "test_step" if test else "validation_step", ", ".join(metrics) or "none"
+        msg = f"`metric` must be logged by {step}, got {metric!r}; logged are: {there}."
         raise ArgumentError(msg)
     return Outcome(metrics, meter.step_time, meter.memory, seconds)
 
