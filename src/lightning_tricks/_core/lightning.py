@@ -34,12 +34,15 @@ __all__ = [
     "configure",
     "defines",
     "is_averaging_callback",
+    "is_callback",
     "is_lightning_module_class",
     "is_progress_bar",
     "is_pruning_callback",
     "is_rate_finder",
+    "is_trainer",
     "isolate_rng",
     "logs_now",
+    "make_callbacks",
     "override",
     "rank_zero_info",
     "rank_zero_warn",
@@ -102,11 +105,17 @@ def _kinds(*names: str) -> tuple[type, ...]:
     return tuple(getattr(lightning.callbacks, name) for lightning in _LIGHTNINGS for name in names if hasattr(lightning.callbacks, name))
 
 
+_CALLBACKS: Final = _kinds("Callback")
 _AVERAGING: Final = _kinds("WeightAveraging", "StochasticWeightAveraging")
 _PRUNING: Final = _kinds("ModelPruning")
 _PROGRESS: Final = _kinds("ProgressBar")
 _ACCUMULATING: Final = _kinds("GradientAccumulationScheduler")
 _RATE_FINDING: Final = _kinds("LearningRateFinder")
+
+
+def is_callback(value: object) -> bool:
+    """Tell whether something is a callback, ours or of any Lightning."""
+    return isinstance(value, _CALLBACKS)
 
 
 def is_averaging_callback(callback: object) -> bool:
@@ -122,6 +131,11 @@ def is_pruning_callback(callback: object) -> bool:
 def is_progress_bar(callback: object) -> bool:
     """Tell whether a callback only shows progress."""
     return isinstance(callback, _PROGRESS)
+
+
+def is_trainer(value: object) -> bool:
+    """Tell whether something is a Trainer, of whichever Lightning."""
+    return isinstance(value, tuple(lightning.Trainer for lightning in _LIGHTNINGS))
 
 
 def is_rate_finder(callback: object) -> bool:
@@ -163,6 +177,19 @@ def configure(config: dict[str, Any]) -> tuple[LightningModule, Any, Trainer]:
 
     made = Line(args=config, run=False, save_config_callback=None, seed_everything_default=False, parser_kwargs={"exit_on_error": False})
     return made.model, made.datamodule, made.trainer
+
+
+def make_callbacks(items: list[Any]) -> list[Callback]:
+    """Let jsonargparse, as LightningCLI would, make callbacks from what a configuration says of them: ``class_path`` and ``init_args``.
+
+    Raises:
+        Exception: Whatever jsonargparse or a constructor raises.
+    """
+    parser = import_module("jsonargparse").ArgumentParser(exit_on_error=False)
+    parser.add_argument("--callbacks", type=list[_HOME.Callback])  # type: ignore[name-defined]
+    make = getattr(parser, "instantiate", None) or parser.instantiate_classes  # as it was called before 4.49
+    callbacks: list[Callback] = make(parser.parse_object({"callbacks": items})).callbacks
+    return callbacks
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:

@@ -1,185 +1,188 @@
-"""Which of these tricks help this model: train with each alone and with all but each, over seeds, and compare in pairs.
-
-A trick that helps alone may do nothing beside others, and one that does nothing alone may help them. So both are asked: what does it add to
-the baseline, and what is lost when it is taken out of all together?
-"""
+"""Ablations: one call that trains, compares and reports."""
 
 from __future__ import annotations
 
-import gc
-import json
-import os
-import re
-import traceback
+import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
+from torch import nn
 
-from lightning_tricks._core.checks import check_choice
-from lightning_tricks._core.conflicts import check_conflicts
-from lightning_tricks._core.lightning import Callback
-from lightning_tricks.errors import ArgumentError, TrickConflictError
-from lightning_tricks.search._trial import Outcome, run_trial
+from lightning_tricks._core.checks import check_bool, check_choice, check_count
+from lightning_tricks._core.extras import require
+from lightning_tricks._core.lightning import Callback, LightningModule, Trainer, is_trainer
+from lightning_tricks.errors import ArgumentError
+from lightning_tricks.search._configuration import Built
+from lightning_tricks.search._progress import Progress
+from lightning_tricks.search._results import Ablation, summarize
+from lightning_tricks.search._study import Design, Study
+from lightning_tricks.search._tracking import track
 
 if TYPE_CHECKING:
-    from lightning_tricks.search._configuration import Built
+    import os
 
-__all__ = ["BASELINE", "EVERYTHING", "Cell", "Study", "plan_cells"]
-
-BASELINE, EVERYTHING = "baseline", "everything"
-Design = Literal["add", "remove"]
+__all__ = ["ablate", "quiet", "run_ablation"]
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One row of a study.
+def ablate(
+    make_module: Callable[[], LightningModule],
+    make_datamodule: Callable[[], Any] | None,
+    tricks: Mapping[str, Callback | Sequence[Callback]],
+    seeds: int | Sequence[int] = 5,
+    *,
+    trainer: Mapping[str, Any] | Callable[[], Trainer] | None = None,
+    metric: str = "val_loss",
+    mode: Literal["min", "max"] = "min",
+    designs: Sequence[Design] = ("add", "remove"),
+    folder: str | os.PathLike[str] = "runs/ablation",
+    test: bool = False,
+    wandb: str | None = None,
+    progress: bool = True,
+) -> Ablation:
+    r"""Train without tricks, with each alone, with all, and with all but each, over seeds, and compare in pairs.
 
-    Attributes:
-        name: ``"baseline"``, ``"+ EMA"``, ``"everything"`` or ``"everything − EMA"``.
-        tricks: The tricks that take part.
-        reference: The cell that it is compared with; None for those that others are compared with.
-        trick: The trick that makes the difference.
-    """
+    ``difference = mean_s(m(cell, s) − m(reference, s))``, with the 95 % interval and the p-value of Student's t over the seeds s, and
+    Holm's correction of p for the number of tricks, once for those alone and once for those taken out.
 
-    name: str
-    tricks: tuple[str, ...]
-    reference: str | None = None
-    trick: str | None = None
-
-    @property
-    def stem(self) -> str:
-        """The name, as that of a file."""
-        return re.sub(r"[^\w]+", "-", self.name.replace("−", "without").replace("+", "with")).strip("-").lower()
-
-
-def plan_cells(tricks: Sequence[str], designs: Sequence[Design] = ("add", "remove")) -> list[Cell]:
-    """Return the cells of a study, each once: with a single trick, adding it to nothing is all there is.
+    Each training leaves a file in the folder. Calling again with the same arguments trains only what is missing or failed; more seeds,
+    designs and tricks may be asked for later. Ctrl-C ends the study with what is done.
 
     Args:
-        tricks: Names of the tricks.
-        designs: ``"add"`` compares the baseline with each trick alone; ``"remove"`` everything with everything but each trick.
-    """
-    everything = tuple(tricks)
-    cells = [Cell(BASELINE, ())]
-    if "add" in designs or len(everything) == 1:
-        cells += [Cell(f"+ {trick}", (trick,), BASELINE, trick) for trick in everything]
-    if len(everything) > 1:
-        cells.append(Cell(EVERYTHING, everything, BASELINE))
-        if "remove" in designs:
-            rest = {trick: tuple(other for other in everything if other != trick) for trick in everything}
-            cells += [Cell(f"{EVERYTHING} − {trick}", rest[trick], EVERYTHING, trick) for trick in everything]
-    return cells
+        make_module: Makes a module with new weights. It may depend on random numbers, not on what was made before.
+        make_datamodule: Makes its data; None if the module has its own loaders.
+        tricks: Callbacks by the name of the trick. Each training gets copies.
+        seeds: How many, from 0 on, or which.
+        trainer: The Trainer's arguments, or what makes a Trainer. Arguments leave logging, checkpoints, progress bars and summaries out
+            unless they ask for them.
+        metric: What is compared, as ``validation_step`` (or ``test_step``) logs it, at the end of the training.
+        mode: Whether ``"min"`` or ``"max"`` of it is better.
+        designs: ``"add"`` for each trick alone, ``"remove"`` for all but each, or both.
+        folder: Where trainings, table (CSV), forest plot (PNG) and report (HTML) go.
+        test: Evaluate by the test set instead of the validation set.
+        wandb: A project of W&B that gets a group with a run for each cell; None = none. Without W&B installed, a warning.
+        progress: Show on standard error what is done, what runs, and the time left.
 
-
-class Study:
-    """The trainings of an ablation, each with a file in a folder once it is done.
-
-    Args:
-        folder: Where the files go. What is there already is not trained again.
-        build: Makes the module, the data and the Trainer of one training.
-        tricks: Callbacks by the name of the trick.
-        seeds: One training of each cell for each of them.
-        metric: What is compared, as the evaluation logs it.
-        mode: Whether less or more of it is better.
-        designs: Which questions are asked.
-        test: Whether the test set evaluates, and not the validation set.
+    Returns:
+        The rows of the table and what to do with them; ``print`` it.
 
     Raises:
         ArgumentError: If an argument lies outside its domain, or the folder has a study with other settings.
         TrickConflictError: If tricks that are to train together cannot.
+        MissingPackageError: If SciPy, pandas or matplotlib is not installed.
+
+    Note:
+        Trainings of one seed share the weights that ``make_module`` makes, the order of the data, and the random numbers at the start of
+        each batch, whatever the tricks draw. Parameters that a trick adds or initializes are its own; all others start alike. Everything
+        runs in this process, one training after the other, on one device.
+
+    References:
+        Student, "The Probable Error of a Mean", Biometrika, 1908. S. Holm, "A Simple Sequentially Rejective Multiple Test Procedure",
+        Scandinavian Journal of Statistics, 1979.
+
+    Example:
+        >>> import tempfile, torch, lightning_tricks as lt
+        >>> from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
+        >>> class Model(BoringModel):
+        ...     def validation_step(self, batch, batch_idx):
+        ...         self.log("val_loss", self.step(batch))
+        >>> study = lt.search.ablate(
+        ...     Model, BoringDataModule, {"EMA": lt.EMA(0.9)}, seeds=2, trainer={"max_steps": 8, "accelerator": "cpu"},
+        ...     folder=tempfile.mkdtemp(), progress=False,
+        ... )
+        >>> [(row.cell, row.seeds) for row in study.rows]
+        [('baseline', (0, 1)), ('+ EMA', (0, 1))]
     """
+    for name, value in (("make_module", make_module), ("make_datamodule", make_datamodule)):
+        made = isinstance(value, nn.Module)  # which can be called, and makes none
+        if made or not (callable(value) or (value is None and name == "make_datamodule")):
+            msg = f"`{name}` must be a function without arguments that makes a new one for each training, got {value!r}."
+            raise ArgumentError(msg)
+    make_trainer, settings = _trainer_maker(trainer)
 
-    def __init__(
-        self,
-        folder: str | os.PathLike[str],
-        build: Callable[[], Built],
-        tricks: Mapping[str, Sequence[Callback]],
-        *,
-        seeds: Sequence[int],
-        metric: str,
-        mode: Literal["min", "max"],
-        designs: Sequence[Design],
-        test: bool,
-    ) -> None:
-        self.folder, self.build, self.tricks = Path(folder), build, _check_tricks(tricks)
-        self.seeds, self.metric, self.mode, self.test = tuple(seeds), metric, check_choice("mode", mode, ("min", "max")), test
-        self.designs = tuple(check_choice("designs", design, ("add", "remove")) for design in designs)
-        self.cells = plan_cells(list(self.tricks), self.designs)
-        for cell in self.cells:
-            try:
-                check_conflicts(self._callbacks(cell))
-            except TrickConflictError as error:
-                msg = f"The cell {cell.name!r} cannot be trained: {error} Or leave it out of the study with `designs=['add']`."
-                raise TrickConflictError(msg) from error
-        self._claim()
+    def build() -> Built:
+        return Built(make_module(), None if make_datamodule is None else make_datamodule(), make_trainer())
 
-    @property
-    def trials(self) -> list[tuple[Cell, int]]:
-        """All trainings, seed by seed, so that those which are compared lie close together in time."""
-        return [(cell, seed) for seed in self.seeds for cell in self.cells]
-
-    def outcome(self, cell: Cell, seed: int) -> Outcome | None:
-        """Return what a training came to; None if it is not done."""
-        file = self._file(cell, seed)
-        return Outcome(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
-
-    def run(self, cell: Cell, seed: int) -> Outcome:
-        """Train, and keep what it came to; whatever stops a training but an interruption is what it came to, too."""
-        try:
-            outcome = run_trial(self.build, self._callbacks(cell), seed=seed, metric=self.metric, test=self.test)
-        except Exception as error:  # noqa: BLE001 -- reported, so that the others go on
-            last = traceback.extract_tb(error.__traceback__)[-1]
-            outcome = Outcome(error=f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})")
-        _write(self._file(cell, seed), outcome.as_dict())
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return outcome
-
-    def _callbacks(self, cell: Cell) -> list[Callback]:
-        return [callback for trick in cell.tricks for callback in self.tricks[trick]]
-
-    def _file(self, cell: Cell, seed: int) -> Path:
-        return self.folder / "trials" / f"{cell.stem}-seed{seed}.json"
-
-    def _claim(self) -> None:
-        """Record the settings that outcomes depend on; a study that is there may get further seeds and tricks, and nothing else."""
-        file = self.folder / "study.json"
-        settings = {
-            "metric": self.metric,
-            "test": self.test,
-            "tricks": {name: [repr(callback) for callback in callbacks] for name, callbacks in self.tricks.items()},
-        }
-        if file.is_file():
-            found = json.loads(file.read_text(encoding="utf-8"))
-            pairs = {"metric": (found["metric"], self.metric), "test": (found["test"], self.test)}
-            pairs |= {f"tricks[{name!r}]": (found["tricks"].get(name, own), own) for name, own in settings["tricks"].items()}
-            for name, (before, now) in pairs.items():
-                if before != now:
-                    msg = (
-                        f"`{name}` must stay what it was when the study in '{self.folder}' began, {before!r}, got {now!r}. "
-                        "Take another folder."
-                    )
-                    raise ArgumentError(msg)
-            settings["tricks"] = {**found["tricks"], **settings["tricks"]}
-        _write(file, settings)
+    return run_ablation(
+        build, tricks, seeds, metric=metric, mode=mode, designs=designs, folder=folder, test=test, wandb=wandb, progress=progress,
+        settings=settings,
+    )  # fmt: skip
 
 
-def _check_tricks(tricks: Mapping[str, Callback | Sequence[Callback]]) -> dict[str, list[Callback]]:
-    lists = {name: [value] if isinstance(value, Callback) else list(value) for name, value in dict(tricks).items()}
-    valid = lists and all(isinstance(name, str) and name and callbacks for name, callbacks in lists.items())
-    if not valid or not all(isinstance(callback, Callback) for callbacks in lists.values() for callback in callbacks):
-        msg = f"`tricks` must map names to lists of callbacks, such as {{'EMA': [lt.EMA()]}}, got {tricks!r}."
+def run_ablation(
+    build: Callable[[], Built],
+    tricks: Mapping[str, Callback | Sequence[Callback]],
+    seeds: int | Sequence[int],
+    *,
+    metric: str,
+    mode: Literal["min", "max"],
+    designs: Sequence[Design],
+    folder: str | os.PathLike[str],
+    test: bool,
+    wandb: str | None,
+    progress: bool,
+    settings: Mapping[str, Any],
+) -> Ablation:
+    """Do what `ablate` does, with whatever makes module, data and Trainer; `settings` is what a study may not change midway."""
+    check_choice("mode", mode, ("min", "max"))
+    check_bool("test", test)
+    check_bool("progress", progress)
+    for module, package in (("scipy.stats", "scipy"), ("pandas", "pandas"), ("matplotlib.figure", "matplotlib")):
+        require(module, package=package, extra="search", who="An ablation")
+    study = Study(
+        folder, build, tricks, seeds=_check_seeds(seeds), metric=metric, designs=designs, test=test, settings=settings
+    )  # fmt: skip
+    study.prepare()
+    interrupted = _train(study, progress=progress)
+    ablation = summarize(study, mode=mode, interrupted=interrupted)
+    ablation.save()
+    if wandb is not None:
+        track(ablation, wandb)
+    return ablation
+
+
+def _train(study: Study, *, progress: bool) -> bool:
+    """Run what is not done, and tell whether Ctrl-C ended it."""
+    missing = [(cell, seed) for cell, seed in study.trials if not study.done(cell, seed)]
+    total = len(study.trials)
+    try:
+        with Progress(total, total - len(missing), study.metric, show=progress) as shown:
+            for cell, seed in missing:
+                shown.begin(cell, seed)
+                shown.end(study.run(cell, seed))
+    except KeyboardInterrupt:
+        return True
+    return False
+
+
+def quiet(callbacks: Sequence[str]) -> dict[str, Any]:
+    """Return the Trainer's arguments that keep a study quiet, less those that callbacks of these names need."""
+
+    def absent(kind: str) -> bool:
+        return not any(kind in name for name in callbacks)
+
+    wanted = {"enable_checkpointing": "Checkpoint", "enable_progress_bar": "ProgressBar", "enable_model_summary": "ModelSummary"}
+    return {"logger": False} | {argument: False for argument, kind in wanted.items() if absent(kind)}
+
+
+def _trainer_maker(trainer: Mapping[str, Any] | Callable[[], Trainer] | None) -> tuple[Callable[[], Trainer], dict[str, Any]]:
+    """Return what makes a Trainer, and those of its arguments that a file can hold."""
+    if trainer is None or isinstance(trainer, Mapping):
+        given = dict(trainer or {})
+        callbacks = given.get("callbacks") or []
+        names = [type(each).__name__ for each in (callbacks if isinstance(callbacks, Sequence) else [callbacks])]
+        plain = {name: value for name, value in given.items() if value is None or isinstance(value, str | int | float)}
+        return lambda: Trainer(**{**quiet(names), **copy.deepcopy(given)}), {"trainer": plain}
+    if is_trainer(trainer) or not callable(trainer):
+        msg = f"`trainer` must be the Trainer's arguments, or a function that makes a new Trainer for each training, got {trainer!r}."
         raise ArgumentError(msg)
-    return lists
+    return trainer, {}
 
 
-def _write(file: Path, content: Mapping[str, Any]) -> None:
-    """Write a file so that it is there as a whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(f".{os.getpid()}.unfinished")
-    unfinished.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    unfinished.replace(file)
+def _check_seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
+    if not isinstance(seeds, Sequence):
+        return tuple(range(check_count("seeds", seeds)))
+    valid = not isinstance(seeds, str) and all(isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**32 for seed in seeds)
+    if not valid or not seeds or len(set(seeds)) < len(seeds):
+        msg = f"`seeds` must be how many, or different integers from 0 on, got {seeds!r}."
+        raise ArgumentError(msg)
+    return tuple(seeds)

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_tricks._core.extras import require
-from lightning_tricks._core.lightning import LightningModule, Trainer, configure
+from lightning_tricks._core.lightning import Callback, LightningModule, Trainer, configure, make_callbacks
 from lightning_tricks.errors import ArgumentError
 
 if TYPE_CHECKING:
     import os
 
-__all__ = ["Built", "Configuration", "Location", "Path_", "read_yaml"]
+__all__ = ["Built", "Configuration", "Location", "Path_", "build_callbacks", "read_yaml"]
 
 Path_ = tuple[str | int, ...]
 """Keys and indices that lead to a place in a tree."""
@@ -180,35 +180,63 @@ class Configuration:
         """
         require("jsonargparse", package="jsonargparse", extra="cli", who="Building from a configuration")
         try:
-            return Built(*configure(copy.deepcopy(dict(self.tree))))
+            return Built(*configure(self._for_one_run()))
         except (Exception, SystemExit) as error:
-            words = _essence(str(error))
-            msg = f"{self.location.of(self._blamed(words))}{words}"
-            raise ArgumentError(msg) from error
+            raise _refusal(self.tree, self.location, error) from error
 
-    def _blamed(self, words: str) -> Path_:
-        """Return the place whose key and value an error's words name, the innermost of several; () if there is none."""
-
-        def named(place: Path_) -> int:
-            value: Any = self.tree
-            for part in place:
-                value = value.get(part) if isinstance(value, Mapping) else value[int(part)] if isinstance(value, list) else None
-            key_named = isinstance(place[-1], str) and _says(words, rf"[`'\".]{re.escape(place[-1])}['\"`=]")
-            value_named = not isinstance(value, Mapping | list | bool | None) and _says(words, rf"\b{re.escape(str(value))}\b")
-            return 2 * key_named + value_named
-
-        places = {place: named(place) for place in self._places(self.tree, ())}
-        best = max(places, key=lambda place: (places[place], len(place)), default=())
-        return best if places.get(best) else ()
-
-    def _places(self, tree: Any, place: Path_) -> list[Path_]:
-        items = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, list) else ()
-        return [each for key, value in items for each in ((*place, key), *self._places(value, (*place, key)))]
+    def _for_one_run(self) -> dict[str, Any]:
+        """Return the tree without what LightningCLI writes for its subcommands, and without a seed, which would be that of every run."""
+        dropped = {"seed_everything"} | {name for name in ("ckpt_path", "weights_only") if self.tree.get(name) is None}
+        return {name: value for name, value in copy.deepcopy(dict(self.tree)).items() if name not in dropped}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the configuration as YAML that LightningCLI runs."""
         yaml = require("yaml", package="PyYAML", extra="search", who="Writing YAML")
         Path(path).write_text(yaml.safe_dump(dict(self.tree), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def build_callbacks(items: Any, location: Location) -> list[Callback]:
+    """Make callbacks from a list of ``class_path`` and ``init_args``, or from one of them.
+
+    Args:
+        items: The list.
+        location: Where it stands.
+
+    Raises:
+        ArgumentError: If one cannot be made; with the line.
+        MissingPackageError: If jsonargparse is not installed.
+    """
+    require("jsonargparse", package="jsonargparse", extra="cli", who="Building from a configuration")
+    try:
+        return make_callbacks(copy.deepcopy([items] if isinstance(items, Mapping | str) else items))
+    except (Exception, SystemExit) as error:
+        raise _refusal(items, location, error) from error
+
+
+def _refusal(tree: Any, location: Location, error: BaseException) -> ArgumentError:
+    words = _essence(str(error))
+    return ArgumentError(f"{location.of(_blamed(tree, words))}{words}")
+
+
+def _blamed(tree: Any, words: str) -> Path_:
+    """Return the place whose key and value an error's words name, the innermost of several; () if there is none."""
+
+    def named(place: Path_) -> int:
+        value: Any = tree
+        for part in place:
+            value = value[part]
+        key_named = isinstance(place[-1], str) and _says(words, rf"[`'\".]{re.escape(place[-1])}['\"`=]")
+        value_named = not isinstance(value, Mapping | list | bool | None) and _says(words, rf"(?<!\w){re.escape(str(value))}(?!\w)")
+        return 2 * key_named + value_named
+
+    places = {place: named(place) for place in _places(tree, ())}
+    best = max(places, key=lambda place: (places[place], len(place)), default=())
+    return best if places.get(best) else ()
+
+
+def _places(tree: Any, place: Path_) -> list[Path_]:
+    items = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, list) else ()
+    return [each for key, value in items for each in ((*place, key), *_places(value, (*place, key)))]
 
 
 def _name_of(item: Any) -> str:
