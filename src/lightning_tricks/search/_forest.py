@@ -64,7 +64,6 @@ def draw_forest(ablation: Ablation, path: Path) -> None:
     groups = effects_of(ablation)
     figure = figures.Figure(figsize=(8.4, 1.9 + 0.46 * max(len(groups), 1)), layout="constrained")
     axes = figure.subplots()
-    labelled: set[str] = set()
     reach = reach_of(groups)
     lowest, highest = (pick((end for group in groups for effect in group for end in effect[2:5]), default=0.0) for pick in (min, max))
     for place, group in enumerate(groups):
@@ -76,12 +75,8 @@ def draw_forest(ablation: Ablation, path: Path) -> None:
             for end, arrow in ((-reach, "<"), (reach, ">")):
                 if (effect.low < -reach and end < 0) or (effect.high > reach and end > 0):
                     axes.plot(end, place + offset, arrow, color=color, markersize=7, clip_on=False)
-            label = effect.kind if effect.kind not in labelled and effect.kind != "together" else None
-            labelled.add(effect.kind)
             fill = color if effect.clear else "white"
-            axes.plot(
-                effect.mean, place + offset, marker, color=color, markerfacecolor=fill, markersize=6.5, markeredgewidth=1.8, label=label
-            )
+            axes.plot(effect.mean, place + offset, marker, color=color, markerfacecolor=fill, markersize=6.5, markeredgewidth=1.8)
     axes.axvline(0, color="#666666", linewidth=1, zorder=1)
     axes.set_yticks(range(len(groups)), [group[0].label for group in groups])
     axes.set_ylim(max(len(groups), 1) - 0.5, -0.5)
@@ -89,14 +84,22 @@ def draw_forest(ablation: Ablation, path: Path) -> None:
     worse, better = ("worse →", "← better") if ablation.mode == "min" else ("← worse", "better →")
     left, right = (better, worse) if ablation.mode == "min" else (worse, better)
     axes.set_xlabel(f"{left}      change of {ablation.metric} by the trick      {right}")
-    axes.set_title(f"What each trick changes, {len(ablation.seeds)} seeds", loc="left", fontweight="bold", pad=28)
+    axes.set_title(
+        f"What each trick changes, {len(ablation.seeds)} {'seed' if len(ablation.seeds) == 1 else 'seeds'}",
+        loc="left",
+        fontweight="bold",
+        pad=28,
+    )
     axes.grid(axis="x", color="#E2E2E2", zorder=0)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(length=0)
     note = "bars: paired 95 % intervals; filled: p < 0.05 after Holm's correction"
     axes.text(0, 1.015, note, transform=axes.transAxes, fontsize=8.5, color="#555555", va="bottom")
-    if labelled - {"together"}:
+    kinds = [kind for kind in ("alone", "beside the others") if any(effect.kind == kind for group in groups for effect in group)]
+    for kind in kinds:
+        axes.plot([], [], "-" + _STYLES[kind][1], color=_STYLES[kind][0], markerfacecolor="white", markeredgewidth=1.8, label=kind)
+    if kinds:
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, borderaxespad=0, columnspacing=1.2)
     figure.savefig(path, dpi=160)
 

@@ -35,7 +35,7 @@ th, td { padding: .45rem .6rem; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; font-weight: 600; padding-left: .4rem; }
 thead th { font-size: .82rem; font-weight: 600; color: var(--soft); border-bottom: 1px solid var(--line); vertical-align: bottom; }
 tbody tr:nth-child(odd) { background: var(--stripe); }
-.interval { width: 30%; min-width: 8rem; }
+.interval { width: 30%; min-width: 8rem; } thead th.interval { text-align: center; }
 .interval svg { display: block; width: 100%; height: 1.5rem; }
 .helps { color: var(--helps); font-weight: 600; } .hurts { color: var(--hurts); font-weight: 600; } .unclear { color: var(--unclear); }
 svg .zero { stroke: var(--line); stroke-width: 1.5; } svg .reach { stroke: currentColor; stroke-width: 2.5; }
@@ -117,7 +117,7 @@ def _section(ablation: Ablation, title: str, words: str, rows: Sequence[Row]) ->
     scale = reach_of(effects_of(ablation))
     heads = list(ablation.header)
     heads.insert(2, "worse · better" if ablation.mode == "max" else "better · worse")
-    head = "".join(f"<th>{escape(name)}</th>" for name in heads)
+    head = "".join(f"<th{' class=interval' if index == 2 else ''}>{escape(name)}</th>" for index, name in enumerate(heads))
     lines = "\n".join(_line(ablation, row, heads, scale) for row in rows)
     return f"<h2>{title}</h2>\n<p class='soft'>{words}</p>\n<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{lines}\n</tbody>\n</table>"
 
