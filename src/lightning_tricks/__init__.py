@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from lightning_tricks import diagnostics, errors, functional, metrics, nn, optim, schedules, transforms
+from lightning_tricks import diagnostics, errors, functional, metrics, nn, optim, schedules, search, transforms
 from lightning_tricks._loading import load_from_checkpoint
 from lightning_tricks.averaging._ema import EMA
 from lightning_tricks.averaging._latest_weight_averaging import LatestWeightAveraging
@@ -76,6 +76,7 @@ __all__ = [
     "nn",
     "optim",
     "schedules",
+    "search",
     "transforms",
 ]
 

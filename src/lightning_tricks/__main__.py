@@ -1,15 +1,18 @@
-"""The command line: ``lightning-tricks list``, ``explain`` and ``inspect``."""
+"""The command line: ``lightning-tricks list``, ``explain``, ``inspect`` and ``ablate``."""
 
 from __future__ import annotations
 
+import os
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from typing import TYPE_CHECKING
 
 from lightning_tricks import __version__
 from lightning_tricks._cards import explain, list_tricks
 from lightning_tricks._inspection import describe_checkpoint
 from lightning_tricks.errors import TrickError
+from lightning_tricks.search._results import show
+from lightning_tricks.search._study_file import ablate_from_file
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,12 +29,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             text = list_tricks()
         elif given.command == "explain":
             text = explain(given.name, whole=given.whole)
+        elif given.command == "ablate":
+            return _ablate(given)
         else:
             text = describe_checkpoint(given.path)
     except TrickError as error:
         parser.exit(2, f"lightning-tricks {given.command}: {error}\n")
     sys.stdout.write(f"{text}\n")
     return 0
+
+
+def _ablate(given: Namespace) -> int:
+    sys.path.insert(0, os.getcwd())  # noqa: PTH109 -- where the user's modules are
+    ablation = ablate_from_file(given.config, folder=given.folder, seeds=given.seeds)
+    show(ablation)
+    return 130 if ablation.interrupted else 0
 
 
 def _parser() -> ArgumentParser:
@@ -50,6 +62,10 @@ def _parser() -> ArgumentParser:
         formatter_class=RawDescriptionHelpFormatter,
     )
     inspecting.add_argument("path", help="a checkpoint: a file, or a folder that FSDP or DeepSpeed has written")
+    ablating = commands.add_parser("ablate", help="train with and without each trick, over seeds, and compare")
+    ablating.add_argument("--config", required=True, help="a YAML file with a configuration of LightningCLI, and with tricks")
+    ablating.add_argument("--folder", help="where results go, and whence an interrupted study goes on")
+    ablating.add_argument("--seeds", type=int, help="how many trainings of each kind")
     return parser
 
 

@@ -249,11 +249,36 @@ lt.OptimizerFactory(optim.ScheduleFree(optim.AdamW(3e-3), momentum=0.95, r=1.0, 
 table: str = optim.describe_groups(model, recipe)
 sources: dict[str, str] = optim.list_recipes()
 
+
+class Digits(L.LightningModule):
+    pass
+
+
+study: lt.search.Ablation = lt.search.ablate(Digits, None, {"EMA": lt.EMA(), "decay": [lt.WeightDecay(0.1)]})
+lt.search.ablate(
+    Digits,
+    L.LightningDataModule,
+    {"EMA": [lt.EMA()]},
+    [3, 5],
+    trainer=lambda: L.Trainer(max_epochs=1),
+    metric="val_acc",
+    mode="max",
+    designs=["add"],
+    folder=Path("runs"),
+    test=True,
+    wandb="project",
+    progress=False,
+)
+means: list[float] = [row.mean for row in study.rows if row.verdict == "helps"]
+stopped: dict[str, str] = study.failures
+
 try:
     lt.EMA(half_life="soon")
 except errors.TrickError as error:
     text: str = str(error)
 
+lt.search.ablate(Digits, None, {}, mode="less")  # type: ignore[arg-type]
+lt.search.ablate(Digits, None, {}, 5, {})  # type: ignore[call-arg]
 lt.EMA(buffers="sync")  # type: ignore[arg-type]
 lt.EMA(0.9, 5)  # type: ignore[call-arg]
 lt.EMA(momentum=0.9)  # type: ignore[call-arg]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from lightning.fabric.utilities.exceptions import MisconfigurationException
-    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
     from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
     from lightning.pytorch.utilities.data import extract_batch_size
     from lightning.pytorch.utilities.seed import isolate_rng
@@ -32,10 +32,12 @@ __all__ = [
     "MisconfigurationException",
     "Trainer",
     "callbacks_of",
+    "configure",
     "defines",
     "extract_batch_size",
     "is_averaging_callback",
     "is_bystander",
+    "is_callback",
     "is_data_module",
     "is_lightning_module",
     "is_lightning_module_class",
@@ -45,6 +47,7 @@ __all__ = [
     "is_trainer",
     "isolate_rng",
     "logs_now",
+    "make_callbacks",
     "overridden",
     "override",
     "rank_zero_info",
@@ -52,6 +55,7 @@ __all__ = [
     "rng_states",
     "scales_gradients",
     "scheduled_accumulation",
+    "seed_everything",
     "seed_process",
     "set_rng_states",
     "trainer_class",
@@ -100,6 +104,7 @@ if not TYPE_CHECKING:
     isolate_rng = import_module(f"{_HOME.__name__}.utilities.seed").isolate_rng
     rank_zero_info = import_module(f"{_HOME.__name__}.utilities").rank_zero_info
     rank_zero_warn = import_module(f"{_HOME.__name__}.utilities").rank_zero_warn
+    seed_everything = _HOME.seed_everything
     LightningModule, Trainer = _HOME.LightningModule, _HOME.Trainer
     STEP_OUTPUT = Any
 
@@ -109,12 +114,18 @@ def _kinds(*names: str) -> tuple[type, ...]:
     return tuple(getattr(lightning.callbacks, name) for lightning in _LIGHTNINGS for name in names if hasattr(lightning.callbacks, name))
 
 
+_CALLBACKS: Final = _kinds("Callback")
 _AVERAGING: Final = _kinds("WeightAveraging", "StochasticWeightAveraging")
 _PRUNING: Final = _kinds("ModelPruning")
 _PROGRESS: Final = _kinds("ProgressBar")
 _ACCUMULATING: Final = _kinds("GradientAccumulationScheduler")
 _RATE_FINDING: Final = _kinds("LearningRateFinder")
 _BYSTANDING: Final = _kinds("ProgressBar", "ModelSummary", "Checkpoint", "LearningRateMonitor", "DeviceStatsMonitor", "Timer")
+
+
+def is_callback(value: object) -> bool:
+    """Tell whether something is a callback, ours or of any Lightning."""
+    return isinstance(value, _CALLBACKS)
 
 
 def is_averaging_callback(callback: object) -> bool:
@@ -188,6 +199,36 @@ def defines(module: LightningModule, *hooks: str) -> bool:
     The instance's attributes are left aside, since a hook replaced on the instance is ours and not the user's.
     """
     return any(getattr(type(module), hook) not in [getattr(lightning.LightningModule, hook) for lightning in _LIGHTNINGS] for hook in hooks)
+
+
+def configure(config: dict[str, Any]) -> tuple[LightningModule, Any, Trainer]:
+    """Let LightningCLI make what a configuration describes: a module, a datamodule or None, and a Trainer. No seed is set.
+
+    Raises:
+        Exception: Whatever LightningCLI or a constructor raises.
+    """
+    line = import_module(f"{_HOME.__name__}.cli").LightningCLI
+
+    class Line(line):  # type: ignore[misc, valid-type]
+        @override
+        def parse_arguments(self, parser: Any, args: Any) -> None:
+            self.config = parser.parse_object(args)  # whatever the command line of this process is
+
+    made = Line(args=config, run=False, save_config_callback=None, seed_everything_default=False, parser_kwargs={"exit_on_error": False})
+    return made.model, made.datamodule, made.trainer
+
+
+def make_callbacks(items: list[Any]) -> list[Callback]:
+    """Let jsonargparse, as LightningCLI would, make callbacks from what a configuration says of them: ``class_path`` and ``init_args``.
+
+    Raises:
+        Exception: Whatever jsonargparse or a constructor raises.
+    """
+    parser = import_module("jsonargparse").ArgumentParser(exit_on_error=False)
+    parser.add_argument("--callbacks", type=list[_HOME.Callback])  # type: ignore[name-defined]
+    make = getattr(parser, "instantiate", None) or parser.instantiate_classes  # as it was called before 4.49
+    callbacks: list[Callback] = make(parser.parse_object({"callbacks": items})).callbacks
+    return callbacks
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
