@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from lightning_tricks import errors, functional, nn, optim, schedules
+from lightning_tricks import errors, functional, nn, optim, schedules, search
 from lightning_tricks._loading import load_from_checkpoint
 from lightning_tricks.averaging._ema import EMA
 from lightning_tricks.averaging._latest_weight_averaging import LatestWeightAveraging
@@ -50,6 +50,7 @@ __all__ = [
     "nn",
     "optim",
     "schedules",
+    "search",
 ]
 
 __version__ = version("lightning-tricks")

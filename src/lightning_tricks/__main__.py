@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from typing import TYPE_CHECKING
 
 from lightning_tricks import __version__
 from lightning_tricks._cards import explain, list_tricks
 from lightning_tricks._inspection import describe_checkpoint
 from lightning_tricks.errors import TrickError
+from lightning_tricks.search import search
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,11 +28,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             text = list_tricks()
         elif given.command == "explain":
             text = explain(given.name, whole=given.whole)
+        elif given.command == "search":
+            return _search(given)
         else:
             text = describe_checkpoint(given.path)
     except TrickError as error:
         parser.exit(2, f"lightning-tricks {given.command}: {error}\n")
     sys.stdout.write(f"{text}\n")
+    return 0
+
+
+def _search(given: Namespace) -> int:
+    sys.path.insert(0, os.getcwd())  # noqa: PTH109 -- where the user's modules are
+    try:
+        search(given.config, folder=given.folder, storage=given.storage, launcher=given.launcher, workers=given.workers)
+    except KeyboardInterrupt:
+        sys.stderr.write("Interrupted. The same command goes on from here.\n")
+        return 130
     return 0
 
 
@@ -50,6 +64,12 @@ def _parser() -> ArgumentParser:
         formatter_class=RawDescriptionHelpFormatter,
     )
     inspecting.add_argument("path", help="a checkpoint: a file, or a folder that FSDP or DeepSpeed has written")
+    searching = commands.add_parser("search", help="search for arguments that suit a model, from coarse to fine")
+    searching.add_argument("--config", required=True, help="a YAML file with a configuration of LightningCLI, and with ranges")
+    searching.add_argument("--folder", help="where the study and the best configuration go, and whence an interrupted search goes on")
+    searching.add_argument("--storage", help="postgresql://…, redis://… or the path of a journal, for workers on several machines")
+    searching.add_argument("--launcher", choices=("local", "ray"), default="local", help="ray: start workers on a Ray cluster")
+    searching.add_argument("--workers", type=int, help="how many workers Ray starts")
     return parser
 
 

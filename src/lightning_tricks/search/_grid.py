@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from fractions import Fraction
 
@@ -40,7 +41,7 @@ def log_grid(low: float, high: float, count: int) -> list[float]:
     first, last, steps = *_ends(low, high), check_count("count", count, least=2) - 1
     for digits in range(1, 18):  # 17 tell any two floats apart
         values = [float(low), *(float(_round(first, last / first, i, steps, digits)) for i in range(1, steps)), float(high)]
-        if all(before < after for before, after in zip(values, values[1:], strict=False)):
+        if all(before < after for before, after in itertools.pairwise(values)):
             return values
     msg = f"`count` must be at most what fits between `low` and `high`, got {count} values from {low!r} to {high!r}."
     raise ArgumentError(msg)
