@@ -37,7 +37,7 @@ HEADINGS = [
     "Where it acts",
     "References",
 ]
-HOMES = (lt, lt.functional, lt.nn, lt.optim, lt.errors, lt.schedules)
+HOMES = (lt, lt.functional, lt.nn, lt.optim, lt.errors, lt.schedules, lt.search)
 PUBLIC = {f"{home.__name__}.{name}": getattr(home, name) for home in HOMES for name in home.__all__}
 CALLBACKS = {name: value for name, value in PUBLIC.items() if inspect.isclass(value) and issubclass(value, Trick)}
 EXEMPT = (Exception,)  # an error's example is where it is raised

@@ -216,3 +216,6 @@ recipe.lr = 0.1  # type: ignore[attr-defined]
 tricks_nn.GhostBatchNorm2d(8, 16, 1e-3)  # type: ignore[call-arg]
 functional.insert_norm(model, "spectral")  # type: ignore[arg-type]
 functional.remove_weight_normalization(model, keep="both")  # type: ignore[arg-type]
+table = lt.search.search("search.yaml", folder=Path("runs/search"), storage="redis://host", launcher="ray", workers=2, progress=False)
+table = lt.search.load(Path("runs/search"), storage="journal.log")
+round_numbers: list[float] = lt.search.log_grid(0.001, 0.01, 3)

@@ -17,7 +17,20 @@ from lightning_tricks._core.trick import Trick
 
 ROOT = Path(lt.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-EXTRAS = {"torchvision", "timm", "wandb", "hydra", "jsonargparse", "matplotlib", "pytorch_optimizer", "schedulefree"}
+EXTRAS = {
+    "torchvision",
+    "timm",
+    "wandb",
+    "hydra",
+    "jsonargparse",
+    "matplotlib",
+    "pytorch_optimizer",
+    "schedulefree",
+    "optuna",
+    "pandas",
+    "ray",
+    "rich",
+}
 
 
 def imports(path: Path) -> set[str]:

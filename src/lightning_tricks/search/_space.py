@@ -39,6 +39,10 @@ class Range:
     scale: Literal["linear", "log"]
     whole: bool
 
+    def size(self, count: int) -> int:
+        """Return how many values a grid has at most."""
+        return int(min(count, self.high - self.low + 1)) if self.whole else count
+
     def grid(self, count: int, *, inside: bool) -> list[float]:
         """Return `count` values, or fewer whole ones where there are not as many; `inside`: without the bounds, which are known."""
         if self.low == self.high:
@@ -84,6 +88,10 @@ class Choice:
     def switches(self) -> bool:
         """Whether it takes an item of a list in and out."""
         return isinstance(self.place[-1], int)
+
+    def size(self, count: int) -> int:
+        """Return how many values there are."""
+        return len(self.values)
 
     def grid(self, count: int, *, inside: bool) -> list[Any]:
         """Return all values that are left."""
@@ -150,10 +158,10 @@ def grid(space: Sequence[Parameter], count: int, *, inside: bool, limit: int = 1
     Raises:
         ArgumentError: If there are more than a limit.
     """
-    axes = [each.grid(count, inside=inside) for each in space]
-    if (total := math.prod(map(len, axes))) > limit:
+    if (total := math.prod(each.size(count) for each in space)) > limit:
         msg = f"A grid must have at most {limit:,} points, got {total:,}. Take fewer values, or draw them with the sampler 'random'."
         raise ArgumentError(msg)
+    axes = [each.grid(count, inside=inside) for each in space]
     points = [active(space, dict(zip([each.path for each in space], values, strict=True))) for values in itertools.product(*axes)]
     return list({tuple(map(repr, point.items())): point for point in points}.values())
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import random
+import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["find_study", "open_study", "optuna"]
 
 _PATIENCE = 60  # seconds to wait for another process's write before SQLite gives up; its own default of 5 is short on a busy disk
+_TRIES = 5
 
 
 def optuna() -> Any:
@@ -33,20 +37,16 @@ def _open(storage: str | None, folder: Path) -> Any:
         ArgumentError: If it cannot be opened.
         MissingPackageError: If Optuna, or the package that speaks to the server, is not installed.
     """
-    storages = optuna().storages
-    scheme, has_scheme, _ = (storage or "").partition("://")
+    if storage is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        storage = f"sqlite:///{folder.resolve() / 'study.db'}"
+    scheme, has_scheme, _ = storage.partition("://")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna().exceptions.ExperimentalWarning)
-            if storage is None:
-                folder.mkdir(parents=True, exist_ok=True)
-                return storages.RDBStorage(f"sqlite:///{folder.resolve() / 'study.db'}", {"connect_args": {"timeout": _PATIENCE}})
-            if scheme in {"redis", "rediss", "unix"}:
-                return storages.JournalStorage(storages.journal.JournalRedisBackend(storage, prefix="lightning-tricks"))
-            if not has_scheme:
-                Path(storage).parent.mkdir(parents=True, exist_ok=True)
-                return storages.JournalStorage(storages.journal.JournalFileBackend(storage))
-            return storages.RDBStorage(storage, {"connect_args": {"timeout": _PATIENCE}} if scheme.startswith("sqlite") else None)
+        for _ in range(_TRIES - 1):
+            with suppress(optuna().exceptions.StorageInternalError, *_locked()):  # others make the tables at this moment
+                return _make(storage, scheme if has_scheme else None)
+            time.sleep(random.random())  # noqa: S311 -- so that they do not meet again
+        return _make(storage, scheme if has_scheme else None)
     except ImportError as error:
         package = "redis" if scheme in {"redis", "rediss", "unix"} else "the driver that SQLAlchemy wants for it"
         msg = f"`storage={scheme}://…` needs {package}, which is not installed: {error}"
@@ -57,6 +57,23 @@ def _open(storage: str | None, folder: Path) -> Any:
             f"path of a journal; {f'{scheme}://…' if has_scheme else repr(storage)} failed with {type(error).__name__}: {error}"
         )
         raise ArgumentError(msg) from error
+
+
+def _make(storage: str, scheme: str | None) -> Any:
+    storages = optuna().storages
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna().exceptions.ExperimentalWarning)
+        if scheme is None:
+            Path(storage).parent.mkdir(parents=True, exist_ok=True)
+            return storages.JournalStorage(storages.journal.JournalFileBackend(storage))
+        if scheme in {"redis", "rediss", "unix"}:
+            return storages.JournalStorage(storages.journal.JournalRedisBackend(storage, prefix="lightning-tricks"))
+        return storages.RDBStorage(storage, {"connect_args": {"timeout": _PATIENCE}} if scheme.startswith("sqlite") else None)
+
+
+def _locked() -> tuple[type[Exception], ...]:
+    errors = require("sqlalchemy.exc", package="Optuna", extra="search", who="A search")
+    return errors.OperationalError, errors.IntegrityError, errors.ProgrammingError
 
 
 def open_study(settings: Settings) -> Any:
