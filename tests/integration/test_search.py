@@ -165,7 +165,7 @@ def test_failing_and_diverging_trials_are_told_and_too_many_end_the_search(home,
     table = search.load("runs/search")
     states = dict(zip(table["model.init_args.fault"], table["state"], strict=True))
     assert states == {"none": "complete", "raise": "failed", "diverge": "pruned"}
-    assert set(table["error"].dropna()) == {"ZeroDivisionError: on purpose (search_toy.py:32)"}
+    assert set(table["error"].dropna()) == {"ZeroDivisionError: on purpose (search_toy.py:28)"}
     assert "failed, ZeroDivisionError: on purpose" in capsys.readouterr().err
     (home / "base.yaml").write_text(BASE.replace("lr: 1e-2", "lr: 1e-2\n    fault: raise"))
     (home / "search.yaml").write_text(SEARCH + "failures: 2\nfolder: other\n")
@@ -205,7 +205,7 @@ def test_a_metric_that_nobody_logs_ends_the_search_and_can_be_mended(home, capsy
         ("{low: 1e-3, high: 1e-1, scale: log}", "[1, fast]", "search.yaml:5: `model.init_args.lr` must fit `config`, got 'fast': "),
         ("model.init_args.lr:", DECAY + ":", f"search.yaml:5: `{DECAY}` must fit `config`, got 2: "),
         ("model.init_args.lr: {low: 1e-3, high: 1e-1, scale: log}", EMA + ": [1, 2]", "search.yaml:5: `trainer.callbacks.EMA` is an item"),
-        ("pruner: none", "pruner: [", "search.yaml:4: "),
+        ("pruner: none", "pruner: [", "search.yaml:5: expected"),
     ],
 )
 def test_wrong_configurations_are_refused_with_their_line_before_anything_is_trained(home, capsys, before, after, words):
@@ -254,4 +254,5 @@ def test_an_interrupted_trial_is_done_again(home, monkeypatch, capsys):
 def test_ray_shares_the_trials(home):
     pytest.importorskip("ray")
     table = search.search("search.yaml", launcher="ray", workers=2, progress=False)
+    assert list(table["error"].dropna()) == []
     assert list(table["state"]) == ["complete"] * 3

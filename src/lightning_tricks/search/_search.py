@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -120,7 +121,7 @@ def load(path: str | os.PathLike[str], *, storage: str | None = None) -> Any:
         >>> from lightning_tricks import search
         >>> search.load("runs/nothing")
         Traceback (most recent call last):
-        lightning_tricks.errors.CheckpointError: 'runs/nothing' must be the folder of a search, whose name is the study's, ...
+        lightning_tricks.errors.CheckpointError: 'runs/nothing' must be the folder of a search, whose name is the study's, and there is no study 'nothing' in 'runs/nothing/study.db'.
     """
     pandas = require("pandas", package="pandas", extra="search", who="`search.load`")
     with _quiet():
@@ -149,7 +150,8 @@ def _value(trial: Any) -> float | None:
     return float(trial.intermediate_values[trial.last_step]) if trial.intermediate_values else None
 
 
-def _work(settings: Settings) -> None:
+def _work(settings: Settings, paths: list[str]) -> None:
+    sys.path += [path for path in paths if path not in sys.path]  # where the user's modules are
     with _quiet():
         Worker(settings, open_study(settings), lambda trials, board: None).run()  # noqa: ARG005 -- the process that started it watches
 
@@ -163,7 +165,7 @@ def _work_on_ray(settings: Settings, study: Any, shown: SearchProgress, workers:
         if settings.storage is None and len(ray.nodes()) > 1:
             msg = f"`storage` must be one that all {len(ray.nodes())} nodes of the Ray cluster reach, such as 'postgresql://…', got None."
             raise ArgumentError(msg)
-        pending = [ray.remote(**{"num_cpus": 1, **settings.ray})(_work).remote(settings) for _ in range(workers)]
+        pending = [ray.remote(**{"num_cpus": 1, **settings.ray})(_work).remote(settings, sys.path) for _ in range(workers)]
         while pending:
             done, pending = ray.wait(pending, timeout=1)
             trials = study.get_trials(deepcopy=False)
