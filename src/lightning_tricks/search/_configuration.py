@@ -147,7 +147,7 @@ class Configuration:
     def find(self, path: str) -> Path_:
         """Return the place that a path such as ``trainer.callbacks.EMA.init_args.decay`` names.
 
-        An item of a list is named by its index or, if it has a ``class_path``, by that or its last part.
+        An item of a list is named by its index or, if it has a ``class_path``, by the last part of that.
 
         Raises:
             ArgumentError: If a list has no such item, or a part of the path leads into a number or a text.

@@ -119,9 +119,9 @@ def load(path: str | os.PathLike[str], *, storage: str | None = None) -> Any:
 
     Example:
         >>> from lightning_tricks import search
-        >>> search.load("runs/nothing")
+        >>> search.load("runs/nothing")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        lightning_tricks.errors.CheckpointError: 'runs/nothing' must be the folder of a search, whose name is the study's, and there is no study 'nothing' in 'runs/nothing/study.db'.
+        lightning_tricks.errors.CheckpointError: 'runs/nothing' must be the folder of a search, ... in 'runs/nothing/study.db'.
     """
     pandas = require("pandas", package="pandas", extra="search", who="`search.load`")
     with _quiet():
