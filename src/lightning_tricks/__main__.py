@@ -11,6 +11,7 @@ from lightning_tricks import __version__
 from lightning_tricks._cards import explain, list_tricks
 from lightning_tricks._inspection import describe_checkpoint
 from lightning_tricks.errors import TrickError
+from lightning_tricks.search import search
 from lightning_tricks.search._results import show
 from lightning_tricks.search._study_file import ablate_from_file
 
@@ -31,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             text = explain(given.name, whole=given.whole)
         elif given.command == "ablate":
             return _ablate(given)
+        elif given.command == "search":
+            return _search(given)
         else:
             text = describe_checkpoint(given.path)
     except TrickError as error:
@@ -44,6 +47,16 @@ def _ablate(given: Namespace) -> int:
     ablation = ablate_from_file(given.config, folder=given.folder, seeds=given.seeds)
     show(ablation)
     return 130 if ablation.interrupted else 0
+
+
+def _search(given: Namespace) -> int:
+    sys.path.insert(0, os.getcwd())  # noqa: PTH109 -- where the user's modules are
+    try:
+        search(given.config, folder=given.folder, storage=given.storage, launcher=given.launcher, workers=given.workers)
+    except KeyboardInterrupt:
+        sys.stderr.write("Interrupted. The same command goes on from here.\n")
+        return 130
+    return 0
 
 
 def _parser() -> ArgumentParser:
@@ -66,6 +79,12 @@ def _parser() -> ArgumentParser:
     ablating.add_argument("--config", required=True, help="a YAML file with a configuration of LightningCLI, and with tricks")
     ablating.add_argument("--folder", help="where results go, and whence an interrupted study goes on")
     ablating.add_argument("--seeds", type=int, help="how many trainings of each kind")
+    searching = commands.add_parser("search", help="search for arguments that suit a model, from coarse to fine")
+    searching.add_argument("--config", required=True, help="a YAML file with a configuration of LightningCLI, and with ranges")
+    searching.add_argument("--folder", help="where the study and the best configuration go, and whence an interrupted search goes on")
+    searching.add_argument("--storage", help="postgresql://…, redis://… or the path of a journal, for workers on several machines")
+    searching.add_argument("--launcher", choices=("local", "ray"), default="local", help="ray: start workers on a Ray cluster")
+    searching.add_argument("--workers", type=int, help="how many workers Ray starts")
     return parser
 
 

@@ -12,6 +12,7 @@ __all__ = [
     "CheckpointError",
     "MissingPackageError",
     "NothingMatchedError",
+    "SearchError",
     "TrickConflictError",
     "TrickError",
     "UnsupportedOptimizerError",
@@ -49,3 +50,7 @@ class CheckpointError(TrickError, RuntimeError):
 
 class MissingPackageError(TrickError, ImportError):
     """An optional package is not installed, or too old for what was asked of it."""
+
+
+class SearchError(TrickError, RuntimeError):
+    """A search was given up, since too many of its trials in a row have failed."""

@@ -346,3 +346,6 @@ report: functional.ProbeReport = functional.linear_probe(nn.Linear(2, 2), [], []
 best_stage: str = report.best
 new_head: functional.Head = functional.replace_head(nn.Linear(2, 2), 3, where="fc")
 plan: lt.FineTuning = functional.transfer_plan(100, "different", much=500, num_classes=3, head="fc")
+table = lt.search.search("search.yaml", folder=Path("runs/search"), storage="redis://host", launcher="ray", workers=2, progress=False)
+table = lt.search.load(Path("runs/search"), storage="journal.log")
+round_numbers: list[float] = lt.search.log_grid(0.001, 0.01, 3)

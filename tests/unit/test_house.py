@@ -28,6 +28,7 @@ EXTRAS = {
     "schedulefree",
     "optuna",
     "pandas",
+    "ray",
     "rich",
     "scipy",
     "yaml",

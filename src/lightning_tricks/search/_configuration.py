@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,7 +17,7 @@ from lightning_tricks.errors import ArgumentError
 if TYPE_CHECKING:
     import os
 
-__all__ = ["Built", "Configuration", "Location", "Path_", "build_callbacks", "read_yaml"]
+__all__ = ["Built", "Configuration", "Location", "Path_", "build_callbacks", "located", "read_yaml"]
 
 Path_ = tuple[str | int, ...]
 """Keys and indices that lead to a place in a tree."""
@@ -54,6 +55,28 @@ class Location:
         size = len(place)
         return Location(self.source, {each[size:]: line for each, line in self.lines.items() if each[:size] == place})
 
+    def without(self, place: Path_) -> Location:
+        """Return the same for the tree from which an item of a list is gone, so that those behind it count one less."""
+        *way, item = place
+        lines: dict[Path_, int] = {}
+        for each, line in self.lines.items():
+            index = each[len(way)] if len(each) > len(way) and each[: len(way)] == tuple(way) else None
+            if isinstance(index, int) and isinstance(item, int) and index > item:
+                lines[(*way, index - 1, *each[len(place) :])] = line
+            elif index is None or index != item:
+                lines[each] = line
+        return Location(self.source, lines)
+
+
+@contextmanager
+def located(location: Location, *place: str | int) -> Iterator[None]:
+    """Say in whatever is refused inside where in a file it stands."""
+    try:
+        yield
+    except ArgumentError as error:
+        msg = f"{location.of(place)}{error}"
+        raise ArgumentError(msg) from error
+
 
 def read_yaml(path: str | os.PathLike[str]) -> tuple[Any, Location]:
     """Read a YAML file, and the line of each of its keys and items.
@@ -69,12 +92,19 @@ def read_yaml(path: str | os.PathLike[str]) -> tuple[Any, Location]:
         raise ArgumentError(msg)
     text = path.read_text(encoding="utf-8")
     try:
-        tree, root = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
+        tree, root = yaml.load(text, Loader=_loader(yaml)), yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         msg = f"{path}:{mark.line + 1 if mark else 1}: {getattr(error, 'problem', None) or error}."
         raise ArgumentError(msg) from error
     return tree, Location(path, dict(_lines(root, (), yaml)) if root is not None else {})
+
+
+def _loader(yaml: Any) -> Any:
+    """Return a safe loader to which 1e-3 is a number, as it is to jsonargparse, and not a text, as YAML 1.1 has it."""
+    loader: Any = type("Loader", (yaml.SafeLoader,), {})
+    loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(?:\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+    return loader
 
 
 def _lines(node: Any, place: Path_, yaml: Any) -> list[tuple[Path_, int]]:
@@ -117,7 +147,7 @@ class Configuration:
     def find(self, path: str) -> Path_:
         """Return the place that a path such as ``trainer.callbacks.EMA.init_args.decay`` names.
 
-        An item of a list is named by its index or, if it has a ``class_path``, by that or its last part.
+        An item of a list is named by its index or, if it has a ``class_path``, by the last part of that.
 
         Raises:
             ArgumentError: If a list has no such item, or a part of the path leads into a number or a text.
@@ -152,10 +182,11 @@ class Configuration:
         Raises:
             ArgumentError: If a path leads nowhere.
         """
-        tree = copy.deepcopy(dict(self.tree))
-        removed: list[tuple[list[Any], Any]] = []
+        tree, location = copy.deepcopy(dict(self.tree)), self.location
+        removed: list[Path_] = []
         for path, value in values.items():
-            *way, last = self.find(path)
+            place = self.find(path)
+            *way, last = place
             node: Any = tree
             for part in way:
                 if isinstance(node, list):
@@ -164,12 +195,16 @@ class Configuration:
                     node[part] = {} if node.get(part) is None else node[part]
                     node = node[part]
             if isinstance(node, list) and isinstance(value, bool):
-                removed += [] if value else [(node, node[int(last)])]
+                removed += [] if value else [place]
             else:
                 node[last] = value
-        for items, item in removed:  # at last, since paths count items as they were
-            items[:] = [each for each in items if each is not item]
-        return Configuration(tree, self.location)
+        for place in sorted(removed, reverse=True):  # at last, and from the last on, since paths count items as they were
+            node = tree
+            for part in place[:-1]:
+                node = node[part]
+            del node[place[-1]]
+            location = location.without(place)
+        return Configuration(tree, location)
 
     def build(self) -> Built:
         """Make the module, the data and the Trainer, as LightningCLI does; the seed is the caller's business.
@@ -246,7 +281,7 @@ def _name_of(item: Any) -> str:
 
 def _index(items: list[Any], part: str) -> int | None:
     if part.lstrip("-").isdigit():
-        return int(part) if -len(items) <= int(part) < len(items) else None
+        return int(part) % len(items) if -len(items) <= int(part) < len(items) else None
     return next((index for index, item in enumerate(items) if _name_of(item) == repr(part.rpartition(".")[2])), None)
 
 
