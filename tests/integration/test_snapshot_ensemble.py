@@ -528,3 +528,21 @@ def test_rates_are_set_on_groups_that_are_divided_within_steps():
         fit([*tricks, Rates()])
     assert seen[:15] == seen[15:30] == seen[30:]
     assert len({tuple(rates) for rates in seen[:5]}) == 5
+
+
+@pytest.mark.parametrize(
+    ("ensemble", "taken"),
+    [(lt.SnapshotEnsemble(3), [5, 10, 14]), (lt.FastGeometricEnsemble(3, start=0, cycle=6), [3, 9, 14])],
+    ids=["snapshot", "geometric"],
+)
+def test_a_skipped_step_costs_no_member(ensemble, taken):
+    class Scaler(Callback):
+        def on_train_start(self, trainer, pl_module):
+            optimizer = trainer.optimizers[0]
+            optimizer.register_step_post_hook(lambda *_: setattr(optimizer, "found_inf", torch.tensor(float(trainer.global_step == 2))))
+
+        def on_train_batch_end(self, trainer, *_):
+            del trainer.optimizers[0].found_inf
+
+    fit([Scaler(), ensemble])
+    assert [member.facts["step"] for member in ensemble._members] == taken

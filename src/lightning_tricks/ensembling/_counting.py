@@ -39,6 +39,11 @@ class CountingEnsemble(EnsembleTrick):
         self._resolve(trainer)
         self._attach(trainer)
 
+    def _skipped(self, trainer: Trainer, planned: float) -> int:
+        """Return how many of the planned steps were none when all are over, as those that a gradient scaler skips; until then 0."""
+        over = len(trainer.optimizers) == 1 and trainer.global_step >= planned  # Lightning counts skipped ones, too
+        return int(planned) - self._rates.steps if over else 0
+
     def _attach(self, trainer: Trainer) -> None:
         found = any(is_rate_finder(callback) for callback in callbacks_of(trainer))
         self._rates.attach(trainer.optimizers, self._factor(), highest=self._highest(), found=found)

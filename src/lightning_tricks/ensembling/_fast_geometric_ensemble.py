@@ -175,6 +175,7 @@ class FastGeometricEnsemble(CountingEnsemble):
             msg = f"`lr` must be None where `schedule=None` leaves the learning rate alone, got {lr!r}."
             raise ArgumentError(msg)
         self._rates = CyclicRates()
+        self._steps = math.inf  # of the fit, once resolved
         self._begin, self._length = 0, 2  # the steps before the cycles and those of one, once resolved
         self._taken = 0  # middles of cycles, after the latest batch
         self._rate = 0.0  # with which the latest batch was trained
@@ -220,7 +221,7 @@ class FastGeometricEnsemble(CountingEnsemble):
             )
             raise TrickError(msg)
         half = (steps - begin) // (2 * self.members - 1) if self._cycle is None else self._cycle.steps("cycle", trainer) // 2
-        self._begin, self._length = begin, 2 * max(1, int(half))
+        self._steps, self._begin, self._length = steps, begin, 2 * max(1, int(half))
         self._taken = self._middles()
         possible = math.inf if math.isinf(steps) else cycle_middles(max(0, int(steps) - begin), self._length)
         if possible < self.members:
@@ -229,8 +230,8 @@ class FastGeometricEnsemble(CountingEnsemble):
                 f"{self._length} begin after {begin}. Train longer, or choose an earlier `start` or a shorter `cycle`."
             )
 
-    def _middles(self) -> int:
-        return cycle_middles(max(0, self._rates.steps - self._begin), self._length)
+    def _middles(self, more: int = 0) -> int:
+        return cycle_middles(max(0, self._rates.steps + more - self._begin), self._length)
 
     @override
     def _factor(self) -> Callable[[int], float | None] | None:
@@ -251,7 +252,8 @@ class FastGeometricEnsemble(CountingEnsemble):
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int) -> None:
-        taken = self._middles()
+        skipped = self._skipped(trainer, self._steps)
+        taken = self._middles(skipped * (4 * skipped < self._length))  # a last descent that lacks a few steps is one
         if taken > self._taken:
             self._taken = taken
             self._collect(trainer, pl_module, {"step": self._rates.steps, "cycle": taken})

@@ -218,7 +218,9 @@ class SnapshotEnsemble(CountingEnsemble):
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int) -> None:
-        ended = cycle_ends(self._rates.steps, self._length, self._steps)
+        skipped = self._skipped(trainer, self._steps)
+        taken = self._rates.steps + skipped * (2 * skipped < self._length)  # a last cycle that lacks a few steps is one
+        ended = cycle_ends(taken, self._length, self._steps)
         if ended > self._ended:
             self._ended = ended
             self._collect(trainer, pl_module, {"step": self._rates.steps, "cycle": ended})
@@ -228,7 +230,7 @@ class SnapshotEnsemble(CountingEnsemble):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         position = self._rates.steps % self._length
-        if self._rates.steps < self._steps and position:
+        if self._rates.steps < self._steps and position and self._ended < cycle_ends(self._steps, self._length, self._steps):
             rank_zero_warn(
                 f"{self!r} was stopped after {self._rates.steps} of {self._steps} steps, {position} steps into a cycle of {self._length}, "
                 f"which gives no member: the ensemble has {len(self._members)}."
