@@ -372,8 +372,9 @@ def test_methods_replaced_for_a_fit_are_back_afterwards(case: Case):
     for owner in (run.module, trainer.strategy, trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector):
         shadowed = [name for name, value in vars(owner).items() if callable(value) and callable(getattr(type(owner), name, None))]
         kept = ["forward"] if "keys" in case.skips and owner is run.module else []  # what stays in the model goes through it
-        if {"keys", "types"} & case.skips.keys() and owner is trainer.strategy:
-            kept = ["save_checkpoint"]  # files that are written after the fit record the change, too
+        recorded = {"keys", "types"} & case.skips.keys() or hasattr(run.trick, "to_ensemble")
+        if recorded and owner is trainer.strategy:
+            kept = ["save_checkpoint"]  # files that are written after the fit record the change or the members, too
         assert [name for name in shadowed if name not in kept] == []
 
 
