@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -26,6 +27,8 @@ class Toy(LightningModule):
         if self.hparams.fault == "raise":
             message = "on purpose"
             raise ZeroDivisionError(message)
+        if self.hparams.fault == "exit":
+            sys.exit(3)
         return self.error(batch) * (float("nan") if self.hparams.fault == "diverge" else 1)
 
     def validation_step(self, batch, batch_idx):

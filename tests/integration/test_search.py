@@ -159,13 +159,14 @@ def test_tricks_are_searched_with_their_arguments_and_pruned(home):
 
 
 def test_failing_and_diverging_trials_are_told_and_too_many_end_the_search(home, capsys):
-    text = SEARCH.replace("scale: log}", "scale: log}\n  model.init_args.fault: [none, raise, diverge]").replace("count: 3", "count: 2")
+    faults = "model.init_args.fault: [none, raise, diverge, exit]"
+    text = SEARCH.replace("scale: log}", f"scale: log}}\n  {faults}").replace("count: 3", "count: 2")
     (home / "search.yaml").write_text(text)
     assert main(["search", "--config", "search.yaml"]) == 0
     table = search.load("runs/search")
     states = dict(zip(table["model.init_args.fault"], table["state"], strict=True))
-    assert states == {"none": "complete", "raise": "failed", "diverge": "pruned"}
-    assert set(table["error"].dropna()) == {"ZeroDivisionError: on purpose (search_toy.py:28)"}
+    assert states == {"none": "complete", "raise": "failed", "diverge": "pruned", "exit": "failed"}
+    assert set(table["error"].dropna()) == {"ZeroDivisionError: on purpose (search_toy.py:29)", "SystemExit: 3 (search_toy.py:31)"}
     assert "failed, ZeroDivisionError: on purpose" in capsys.readouterr().err
     (home / "base.yaml").write_text(BASE.replace("lr: 1e-2", "lr: 1e-2\n    fault: raise"))
     (home / "search.yaml").write_text(SEARCH + "failures: 2\nfolder: other\n")
@@ -175,7 +176,12 @@ def test_failing_and_diverging_trials_are_told_and_too_many_end_the_search(home,
 
 def test_a_metric_that_nobody_logs_ends_the_search_and_can_be_mended(home, capsys):
     (home / "search.yaml").write_text(SEARCH.replace("val_loss", "val_los"))
-    assert "`metric` must be logged by validation_step, got 'val_los'; logged are: " in refusal(capsys, "--config", "search.yaml")
+    words = "search.yaml:2: `metric` must be logged by validation_step, got 'val_los'; logged are: "
+    assert words in refusal(capsys, "--config", "search.yaml")
+    assert diary_of(home) == []
+    (home / "search.yaml").write_text(SEARCH + "mode: max\n")
+    words = "search.yaml:8: `mode` must stay what it was when the study 'search' began, got 'max'. Take another `folder`"
+    assert words in refusal(capsys, "--config", "search.yaml")
     (home / "search.yaml").write_text(SEARCH)
     assert main(["search", "--config", "search.yaml"]) == 0
     assert list(search.load("runs/search")["state"]) == ["complete"] * 3
@@ -206,6 +212,12 @@ def test_a_metric_that_nobody_logs_ends_the_search_and_can_be_mended(home, capsy
         ("model.init_args.lr:", DECAY + ":", f"search.yaml:5: `{DECAY}` must fit `config`, got 2: "),
         ("model.init_args.lr: {low: 1e-3, high: 1e-1, scale: log}", EMA + ": [1, 2]", "search.yaml:5: `trainer.callbacks.EMA` is an item"),
         ("pruner: none", "pruner: [", "search.yaml:5: expected"),
+        ("stages:", "  model.init_args: [1, 2]\nstages:", "search.yaml:6: `model.init_args` must lead to another place than `model.ini"),
+        ("stages:", f"  {EMA[:-3]}0: [true, false]\n  {EMA}: [true, false]\nstages:", f"search.yaml:7: `{EMA}` must lead to another place"),
+        ("pruner: none", "seed: 4294967296", "search.yaml:3: `seed` must be smaller than 2³², got 4294967296"),
+        ("pruner: none", "folder: 3", "search.yaml:3: `folder` must be the path of a folder, got 3"),
+        ("pruner: none", "folder: base.yaml", "`folder` must be one where files can be written"),
+        ("pruner: none", "ray: 3", "search.yaml:3: `ray` must be a mapping"),
     ],
 )
 def test_wrong_configurations_are_refused_with_their_line_before_anything_is_trained(home, capsys, before, after, words):
@@ -224,11 +236,17 @@ def test_a_wrong_base_is_told_with_its_own_line(home, capsys):
 
 
 def test_a_journal_and_what_cannot_be_opened(home, capsys):
+    import optuna
+
     table = search.search("search.yaml", storage="shared/journal.log", progress=False)
     assert list(table["state"]) == ["complete"] * 3
     assert not (home / "runs/search/study.db").exists()
     assert search.load("runs/search", storage="shared/journal.log").equals(table)
     with pytest.raises(errors.CheckpointError, match="'runs/search' must be the folder of a search, whose name is the study's, and there"):
+        search.load("runs/search")
+    foreign = optuna.create_study(study_name="search", storage="sqlite:///runs/search/study.db")
+    assert foreign.trials == []
+    with pytest.raises(errors.CheckpointError, match=r"there is no study 'search' of one in 'runs/search/study\.db'"):
         search.load("runs/search")
     assert "`storage` must be a database" in refusal(capsys, "--config", "search.yaml", "--storage", "nothing://host/name")
     assert "Start the same search once more" in refusal(capsys, "--config", "search.yaml", "--workers", "2")

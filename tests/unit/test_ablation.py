@@ -254,9 +254,35 @@ def test_a_training_that_fails_or_diverges_is_what_it_came_to(tmp_path):
     assert study.run(study.cells[2], 0).error == "val_loss came out as nan"
 
 
+def test_who_exits_has_failed_and_ctrl_c_ends_an_evaluation_too(tmp_path):
+    study = study_of(tmp_path, {"a": Failing(SystemExit(3)), "b": lt.WeightDecay(0.1)})
+    assert re.fullmatch(r"SystemExit: 3 \(test_ablation.py:\d+\)", study.run(study.cells[1], 0).error)
+    study.build = lambda: Built(Impatient(), Data(), trainer())
+    with pytest.raises(KeyboardInterrupt):
+        study.run(study.cells[2], 0)
+    assert study.outcome(study.cells[2], 0) is None
+
+
+def test_files_that_are_damaged_or_of_something_else(tmp_path):
+    study = study_of(tmp_path, {"a": Drawing()})
+    record(study, {"baseline": [1.0, 1.0], "+ a": [1.0, 1.0]})
+    cell = study.cells[1]
+    study._file(cell, 0).write_text("")  # as a machine leaves it that lost its power
+    assert (study.done(cell, 0), study.done(cell, 1)) == (False, True)
+    (tmp_path / "study.json").write_text("[]")
+    with pytest.raises(ArgumentError, match=r"`folder` must be new, or that of an ablation, and '.*study.json' is none of one"):
+        study.prepare()
+
+
 class Exploding(Net):
     def validation_step(self, batch, batch_idx):
         self.log("val_loss", math.nan)
+
+
+class Impatient(Net):
+    def validation_step(self, batch, batch_idx):
+        if self.trainer.state.fn == "validate":
+            raise KeyboardInterrupt
 
 
 # Whole studies

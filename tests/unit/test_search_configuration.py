@@ -43,6 +43,15 @@ def test_places_are_found_by_name_and_by_index_and_numbers_are_numbers(configura
         configuration.find("trainer.callbacks.EMMA")
 
 
+def test_what_would_be_lost_in_reading_is_refused(tmp_path):
+    (tmp_path / "twice.yaml").write_text("model:\n  init_args:\n    lr: 1\n    width: 2\n    lr: 2\n")
+    with pytest.raises(ArgumentError, match=r"twice.yaml:5: each key must be there once, and 'lr' is in line 3, too"):
+        Configuration.read(tmp_path / "twice.yaml")
+    (tmp_path / "latin.yaml").write_bytes("# é\nmodel:".encode("latin-1"))
+    with pytest.raises(ArgumentError, match=r"latin.yaml: a file of YAML in UTF-8 is needed"):
+        Configuration.read(tmp_path / "latin.yaml")
+
+
 def test_items_are_taken_out_and_the_lines_of_the_others_stay_theirs(configuration, tmp_path):
     values = {
         "trainer.callbacks.EMA": False,

@@ -7,6 +7,7 @@ import pytest
 from lightning_tricks.errors import ArgumentError
 from lightning_tricks.search import log_grid
 from lightning_tricks.search._grid import linear_grid
+from lightning_tricks.search._space import read_parameter
 from reference.grid import log_grid as reference
 
 
@@ -65,3 +66,9 @@ def test_linear_grids_are_exact_literals():
 def test_wrong_arguments_are_refused(arguments, words):
     with pytest.raises(ArgumentError, match=words):
         log_grid(*arguments)
+
+
+def test_a_grid_of_one_value_has_the_middle():
+    for given, value in (({"low": 0.01, "high": 1.0, "scale": "log"}, 0.1), ({"low": 0.0, "high": 1.0}, 0.5), ({"low": 1, "high": 9}, 5)):
+        assert read_parameter("a", ("a",), given).grid(1, inside=False) == [value]
+    assert len(read_parameter("a", ("a",), {"low": 1, "high": 2}).grid(1, inside=False)) == 1

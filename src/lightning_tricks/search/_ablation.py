@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -17,9 +18,6 @@ from lightning_tricks.search._progress import Progress
 from lightning_tricks.search._results import Ablation, summarize
 from lightning_tricks.search._study import Design, Study
 from lightning_tricks.search._tracking import track
-
-if TYPE_CHECKING:
-    import os
 
 __all__ = ["ablate", "quiet", "run_ablation"]
 
@@ -126,6 +124,12 @@ def run_ablation(
     check_choice("mode", mode, ("min", "max"))
     check_bool("test", test)
     check_bool("progress", progress)
+    _check_text("metric", metric, "the name of what an evaluation logs")
+    if wandb is not None:
+        _check_text("wandb", wandb, "the name of a project of W&B, or None")
+    if not isinstance(folder, str | os.PathLike):
+        msg = f"`folder` must be the path of a folder, got {folder!r}."
+        raise ArgumentError(msg)
     for module, package in (("scipy.stats", "scipy"), ("pandas", "pandas"), ("matplotlib.figure", "matplotlib")):
         require(module, package=package, extra="search", who="An ablation")
     study = Study(
@@ -176,6 +180,12 @@ def _trainer_maker(trainer: Mapping[str, Any] | Callable[[], Trainer] | None) ->
         msg = f"`trainer` must be the Trainer's arguments, or a function that makes a new Trainer for each training, got {trainer!r}."
         raise ArgumentError(msg)
     return trainer, {}
+
+
+def _check_text(name: str, value: object, what: str) -> None:
+    if not isinstance(value, str) or not value:
+        msg = f"`{name}` must be {what}, got {value!r}."
+        raise ArgumentError(msg)
 
 
 def _check_seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:

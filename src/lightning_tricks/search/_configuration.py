@@ -90,14 +90,18 @@ def read_yaml(path: str | os.PathLike[str]) -> tuple[Any, Location]:
     if not path.is_file():
         msg = f"`config` must be a YAML file, and '{path}' {'is a folder' if path.is_dir() else 'does not exist'}."
         raise ArgumentError(msg)
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         tree, root = yaml.load(text, Loader=_loader(yaml)), yaml.compose(text, Loader=yaml.SafeLoader)
+        lines = dict(_lines(root, (), yaml)) if root is not None else {}
+    except (OSError, UnicodeDecodeError) as error:
+        msg = f"{path}: a file of YAML in UTF-8 is needed, and reading it failed: {error}."
+        raise ArgumentError(msg) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         msg = f"{path}:{mark.line + 1 if mark else 1}: {getattr(error, 'problem', None) or error}."
         raise ArgumentError(msg) from error
-    return tree, Location(path, dict(_lines(root, (), yaml)) if root is not None else {})
+    return tree, Location(path, lines)
 
 
 def _loader(yaml: Any) -> Any:
@@ -110,9 +114,14 @@ def _loader(yaml: Any) -> Any:
 def _lines(node: Any, place: Path_, yaml: Any) -> list[tuple[Path_, int]]:
     found = [(place, node.start_mark.line + 1)]
     if isinstance(node, yaml.MappingNode):
+        lines: dict[str, int] = {}
         for key, value in node.value:
+            if key.value in lines:
+                problem = f"each key must be there once, and {key.value!r} is in line {lines[key.value]}, too"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            lines[key.value] = key.start_mark.line + 1
             inner = _lines(value, (*place, key.value), yaml)
-            found += [((*place, key.value), key.start_mark.line + 1), *inner[1:]]
+            found += [((*place, key.value), lines[key.value]), *inner[1:]]
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
             found += _lines(value, (*place, index), yaml)

@@ -92,6 +92,8 @@ def search(
         require("pandas", package="pandas", extra="search", who="A search")
         study = open_study(settings)
         settings.check_builds()
+        if not any(trial.state.name in {"COMPLETE", "PRUNED"} for trial in study.get_trials(deepcopy=False)):
+            settings.check_metric()
         with SearchProgress(settings, show=progress) as shown:
             if launcher == "ray":
                 _work_on_ray(settings, study, shown, check_count("workers", 1 if workers is None else workers))

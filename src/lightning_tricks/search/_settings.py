@@ -14,6 +14,7 @@ from lightning_tricks._core.extras import require
 from lightning_tricks.errors import ArgumentError
 from lightning_tricks.search._configuration import Configuration, Location, located, read_yaml
 from lightning_tricks.search._space import Choice, Parameter, Point, active, grid, read_parameter
+from lightning_tricks.search._trial import check_metric
 
 __all__ = ["Settings", "Stage", "read_settings"]
 
@@ -98,6 +99,26 @@ class Settings:
             msg = f"{self.location.of(('pruner',))}`pruner` must have arguments of Optuna's {name}, got {dict(arguments)!r}: {error}."
             raise ArgumentError(msg) from error
 
+    def quietly(self, point: Point, root: Path) -> Configuration:
+        """Return the configuration at a point, with its files in a folder, and without bars and summaries unless it asks for them."""
+        configuration = self.configuration.with_values(point)
+        trainer = configuration.tree.get("trainer") or {}
+        quiet = {
+            "default_root_dir": str(root),
+            "enable_progress_bar": "ProgressBar" in str(trainer.get("callbacks")),
+            "enable_model_summary": False,
+        }
+        return configuration.with_values({f"trainer.{key}": value for key, value in quiet.items() if trainer.get(key) is None})
+
+    def check_metric(self) -> None:
+        """Evaluate one batch, to see that the metric is logged.
+
+        Raises:
+            ArgumentError: If it is not; with the line.
+        """
+        with located(self.location, "metric"):
+            check_metric(self.quietly({}, self.folder / "trials").build, seed=self.seed, metric=self.metric, test=False)
+
     def check_builds(self) -> None:
         """Let LightningCLI make what the ends of all ranges and each choice describe, so that no trial fails by a wrong configuration.
 
@@ -165,13 +186,17 @@ def read_settings(config: str | os.PathLike[str] | Mapping[str, Any]) -> Setting
     for key, default in counts.items():
         with located(location, key):
             counts[key] = check_count(key, tree.get(key, default), least=int(key != "seed"))
+            if counts["seed"] >= 2**32:
+                msg = f"`seed` must be smaller than 2³², got {counts['seed']}."
+                raise ArgumentError(msg)
+    _check_kinds(tree, location)
     with located(location, "mode"):
         mode: Literal["min", "max"] = check_choice("mode", tree.get("mode", "min"), ("min", "max"))
     found = Settings(
         configuration=configuration,
         space=tuple(_space(tree["parameters"], configuration, location)),
         stages=tuple(_stages(tree["stages"], location)),
-        metric=str(tree["metric"]),
+        metric=tree["metric"],
         mode=mode,
         pruner=_pruner(tree.get("pruner", "median"), location),
         seed=counts["seed"],
@@ -186,6 +211,19 @@ def read_settings(config: str | os.PathLike[str] | Mapping[str, Any]) -> Setting
         with located(location, "stages", index):  # a grid that is too large, or has more values than there are
             grid(found.space, stage.size if stage.sampler == "grid" else 2, inside=False)
     return found
+
+
+def _check_kinds(tree: Mapping[str, Any], location: Location) -> None:
+    kinds = {
+        "metric": (str, "the name of what validation logs"),
+        "folder": (str | os.PathLike, "the path of a folder"),
+        "storage": (str, "a URL, or the path of a journal"),
+        "ray": (Mapping, "a mapping with arguments of `ray.remote`"),
+    }
+    for key, (kind, what) in kinds.items():
+        if tree.get(key) is not None and not isinstance(tree[key], kind):
+            msg = f"{location.of((key,))}`{key}` must be {what}, got {tree[key]!r}."
+            raise ArgumentError(msg)
 
 
 def _configuration(given: Any, home: Path, location: Location) -> Configuration:
@@ -203,14 +241,26 @@ def _configuration(given: Any, home: Path, location: Location) -> Configuration:
 
 
 def _space(given: Any, configuration: Configuration, location: Location) -> list[Parameter]:
-    space = []
+    space: list[Parameter] = []
     for path, values in given.items() if isinstance(given, Mapping) else [(None, given)]:
         with located(location, "parameters", *([path] if path else [])):
             if not isinstance(path, str):
                 msg = f"`parameters` must map paths of `config`, such as 'model.init_args.lr', to values, got {given!r:.80}."
                 raise ArgumentError(msg)
-            space.append(read_parameter(path, configuration.find(path), values))
+            parameter = read_parameter(path, configuration.find(path), values)
+            for other in space:
+                _check_apart(other, parameter)
+            space.append(parameter)
     return space
+
+
+def _check_apart(one: Parameter, other: Parameter) -> None:
+    """Refuse what overwrites each other; what belongs to an item that is taken in and out does not."""
+    outer, inner = sorted((one, other), key=lambda each: len(each.place))
+    switch = isinstance(outer, Choice) and outer.switches and outer.place != inner.place
+    if inner.place[: len(outer.place)] == outer.place and not switch:
+        msg = f"`{other.path}` must lead to another place than `{one.path}`, since one would overwrite the other."
+        raise ArgumentError(msg)
 
 
 def _stages(given: Any, location: Location) -> list[Stage]:

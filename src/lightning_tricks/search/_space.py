@@ -44,14 +44,17 @@ class Range:
         return int(min(count, self.high - self.low + 1)) if self.whole else count
 
     def grid(self, count: int, *, inside: bool) -> list[float]:
-        """Return `count` values, or fewer whole ones where there are not as many; `inside`: without the bounds, which are known."""
+        """Return `count` values, or fewer whole ones where there are not as many; `inside`: without the bounds, which are known.
+
+        A single value is the one in the middle.
+        """
         if self.low == self.high:
             return [self.low]
-        spread = log_grid if self.scale == "log" else linear_grid
-        values: list[float] = spread(self.low, self.high, count + 2 if inside else max(count, 2))
+        spread, inside = log_grid if self.scale == "log" else linear_grid, inside or count == 1
+        values: list[float] = spread(self.low, self.high, count + 2 if inside else count)
         if self.whole:
             values = sorted({min(max(round(value), self.low), self.high) for value in values})
-        return (values[1:-1] or values) if inside else values
+        return (values[1:-1] or values)[:count] if inside else values
 
     def suggest(self, trial: Any) -> float:
         """Let Optuna's sampler choose."""

@@ -38,7 +38,11 @@ def _open(storage: str | None, folder: Path) -> Any:
         MissingPackageError: If Optuna, or the package that speaks to the server, is not installed.
     """
     if storage is None:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            msg = f"`folder` must be one where files can be written, got '{folder}': {error}."
+            raise ArgumentError(msg) from error
         storage = f"sqlite:///{folder.resolve() / 'study.db'}"
     scheme, has_scheme, _ = storage.partition("://")
     try:
@@ -100,6 +104,13 @@ def _agree(study: Any, settings: Settings) -> None:
     Raises:
         ArgumentError: If it is not.
     """
+    direction = "minimize" if settings.mode == "min" else "maximize"
+    if study.direction.name.lower() != direction:  # which Optuna cannot change, not even of a study without trials
+        msg = (
+            f"{settings.location.of(('mode',))}`mode` must stay what it was when the study {study.study_name!r} began, "
+            f"got {settings.mode!r}. Take another `folder`."
+        )
+        raise ArgumentError(msg)
     now, before = settings.definition, study.user_attrs.get("definition")
     begun = any(trial.state.name in {"COMPLETE", "PRUNED"} for trial in study.get_trials(deepcopy=False))
     if begun and before is not None:
@@ -132,8 +143,8 @@ def find_study(folder: Path, storage: str | None) -> Any:
             study = optuna().load_study(study_name=name, storage=_open(storage, folder))
         except KeyError:
             study = None
-    if study is None:
+    if study is None or "definition" not in study.user_attrs:
         where = f"'{file}'" if file is not None else "the storage"
-        msg = f"'{folder}' must be the folder of a search, whose name is the study's, and there is no study {name!r} in {where}."
+        msg = f"'{folder}' must be the folder of a search, whose name is the study's, and there is no study {name!r} of one in {where}."
         raise CheckpointError(msg)
     return study

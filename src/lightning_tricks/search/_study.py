@@ -137,7 +137,7 @@ class Study:
         with aside():
             trainer = self.build().trainer
         if trainer.world_size > 1:
-            msg = f"A training of a study must run in one process, got a Trainer of {trainer.world_size}. Pass `devices=1`."
+            msg = f"`trainer` must train in one process, got one of {trainer.world_size}. Pass `devices=1`."
             raise ArgumentError(msg)
         for cell in self.cells:
             try:
@@ -151,12 +151,14 @@ class Study:
         self._claim()
 
     def outcome(self, cell: Cell, seed: int) -> Outcome | None:
-        """Return what a training came to; None if it has not come to anything yet."""
+        """Return what a training came to; None if it has not come to anything yet, or its file was lost with the machine."""
         file = self._file(cell, seed)
         if not file.is_file():
             return None
-        content = json.loads(file.read_text(encoding="utf-8"))
-        return Outcome(**content["outcome"])
+        try:
+            return Outcome(**json.loads(file.read_text(encoding="utf-8"))["outcome"])
+        except (ValueError, KeyError, TypeError):
+            return None
 
     def done(self, cell: Cell, seed: int) -> bool:
         """Tell whether a training need not be run again."""
@@ -169,7 +171,7 @@ class Study:
             outcome = run_trial(self.build, self._callbacks(cell), seed=seed, metric=self.metric, test=self.test)
             if not math.isfinite(value := outcome.metrics[self.metric]):
                 outcome = Outcome(outcome.metrics, outcome.step_time, outcome.memory, outcome.seconds, f"{self.metric} came out as {value}")
-        except Exception as error:  # noqa: BLE001 -- reported, so that the others go on
+        except (Exception, SystemExit) as error:  # noqa: BLE001 -- reported, so that the others go on
             last = traceback.extract_tb(error.__traceback__)[-1]
             outcome = Outcome(error=f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})")
         _write(self._file(cell, seed), {"tricks": sorted(cell.tricks), "seed": seed, "outcome": outcome.as_dict()})
@@ -195,7 +197,12 @@ class Study:
         """A study that is there may get further seeds, designs and tricks, and nothing else."""
         if not self._record.is_file():
             return
-        found = json.loads(self._record.read_text(encoding="utf-8"))
+        try:
+            found = json.loads(self._record.read_text(encoding="utf-8"))
+            found = {"settings": dict(found["settings"]), "tricks": dict(found["tricks"])}
+        except (ValueError, KeyError, TypeError) as error:
+            msg = f"`folder` must be new, or that of an ablation, and '{self._record}' is none of one. Take another folder."
+            raise ArgumentError(msg) from error
         pairs = {name: (found["settings"].get(name), value) for name, value in json.loads(json.dumps(self.settings)).items()}
         pairs |= {f"tricks[{name!r}]": (found["tricks"].get(name, own), own) for name, own in self._described().items()}
         for name, (before, now) in pairs.items():
@@ -209,11 +216,15 @@ class Study:
     def _claim(self) -> None:
         """Record what the outcomes depend on."""
         before = json.loads(self._record.read_text(encoding="utf-8"))["tricks"] if self._record.is_file() else {}
-        _write(self._record, {"settings": self.settings, "tricks": before | self._described()})
+        try:
+            _write(self._record, {"settings": self.settings, "tricks": before | self._described()})
+        except OSError as error:
+            msg = f"`folder` must be one where files can be written, got '{self.folder}': {error}."
+            raise ArgumentError(msg) from error
 
 
 def _check_designs(designs: Sequence[Design]) -> tuple[Design, ...]:
-    given: tuple[Any, ...] = (designs,) if isinstance(designs, str) else tuple(designs)
+    given: tuple[Any, ...] = tuple(designs) if isinstance(designs, Sequence) and not isinstance(designs, str) else (designs,)
     if not given:
         msg = "`designs` must have 'add', 'remove' or both, got none."
         raise ArgumentError(msg)

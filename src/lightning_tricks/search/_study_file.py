@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_tricks.errors import ArgumentError, MissingPackageError, TrickError
+from lightning_tricks.errors import ArgumentError, MissingPackageError, TrickConflictError, TrickError
 from lightning_tricks.search._ablation import quiet, run_ablation
 from lightning_tricks.search._configuration import Built, Configuration, Location, build_callbacks, read_yaml
 
@@ -73,7 +73,7 @@ def ablate_from_file(
     except MissingPackageError:
         raise
     except TrickError as error:
-        raise type(error)(_located(str(error), location, tree)) from error
+        raise type(error)(_located(error, location, tree, configuration)) from error
 
 
 def _check_keys(tree: Any, location: Location) -> None:
@@ -105,14 +105,21 @@ def _configuration(given: Any, location: Location, base: Path) -> Configuration:
 
 def _build_quietly(configuration: Configuration) -> Callable[[], Built]:
     """Return what makes a run, without logging, checkpoints and bars unless the configuration asks for them."""
-    given = configuration.tree.get("trainer") or {}
+    trainer = configuration.tree.get("trainer")
+    given = trainer if isinstance(trainer, Mapping) else {}
     callbacks = given.get("callbacks") or []
-    names = [str(each.get("class_path") if isinstance(each, Mapping) else each) for each in callbacks]
+    items = callbacks if isinstance(callbacks, list) else [callbacks]
+    names = [str(each.get("class_path") if isinstance(each, Mapping) else each) for each in items]
     unset = {name: value for name, value in quiet(names).items() if given.get(name) is None}
     return configuration.with_values({f"trainer.{name}": value for name, value in unset.items()}).build
 
 
-def _located(words: str, location: Location, tree: Mapping[str, Any]) -> str:
+def _located(error: TrickError, location: Location, tree: Mapping[str, Any], configuration: Configuration) -> str:
     """Put the line of the study's key that an error begins with before it."""
+    words = str(error)
     key = words[1:].partition("`")[0] if words.startswith("`") else ""
+    if key == "trainer":
+        return f"{configuration.location.of((key,))}{words}"
+    if isinstance(error, TrickConflictError):
+        key = "tricks"
     return f"{location.of((key,))}{words}" if key in tree else words

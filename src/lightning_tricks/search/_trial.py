@@ -82,7 +82,8 @@ def run_trial(build: Callable[[], Built], callbacks: Sequence[Callback], *, seed
 
     Raises:
         ArgumentError: If the evaluation logs no such metric.
-        KeyboardInterrupt: If the training was interrupted.
+        KeyboardInterrupt: If the training or the evaluation was interrupted.
+        SystemExit: If the module, the data or a callback exits.
     """
     with aside():
         seed_everything(seed, workers=True, verbose=False)
@@ -92,14 +93,14 @@ def run_trial(build: Callable[[], Built], callbacks: Sequence[Callback], *, seed
         begin = time.perf_counter()
         try:
             trainer.fit(module, datamodule=datamodule)
-        except SystemExit:
-            if trainer.interrupted:  # Lightning exits where it was interrupted
+            seconds = time.perf_counter() - begin
+            if trainer.interrupted:
+                raise KeyboardInterrupt
+            return Outcome(_evaluate(module, datamodule, trainer, metric, test=test), meter.step_time, meter.memory, seconds)
+        except SystemExit as error:
+            if isinstance(error.__context__, KeyboardInterrupt) or trainer.received_sigterm:  # then Lightning exits
                 raise KeyboardInterrupt from None
             raise
-        seconds = time.perf_counter() - begin
-        if trainer.interrupted:
-            raise KeyboardInterrupt
-        return Outcome(_evaluate(module, datamodule, trainer, metric, test=test), meter.step_time, meter.memory, seconds)
 
 
 def check_metric(build: Callable[[], Built], *, seed: int, metric: str, test: bool) -> None:

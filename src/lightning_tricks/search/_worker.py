@@ -113,21 +113,21 @@ class Worker:
             return {"state": _state("PRUNED")}
         except lost:  # this process slept so long that others gave the trial up
             return {"state": _state("FAIL")}
-        except (KeyboardInterrupt, SystemExit) as error:  # Lightning exits when it is interrupted
+        except KeyboardInterrupt:
             trial.set_user_attr("interrupted", value=True)
             self._tell(trial, state=_state("FAIL"))
-            raise KeyboardInterrupt from error
+            raise
         except MetricError:
             self._tell(trial, state=_state("FAIL"))
             raise
-        except Exception as error:  # noqa: BLE001 -- reported, so that the others go on
+        except (Exception, SystemExit) as error:  # noqa: BLE001 -- reported, so that the others go on
             return self._fail(trial, error)
         finally:
             _free_memory()
         self.failed = 0
         return {"values": value} if math.isfinite(value) else {"state": _state("PRUNED")}
 
-    def _fail(self, trial: Any, error: Exception) -> dict[str, Any]:
+    def _fail(self, trial: Any, error: BaseException) -> dict[str, Any]:
         last = traceback.extract_tb(error.__traceback__)[-1]
         words = f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})"
         trial.set_user_attr("error", words[:1000])
@@ -150,14 +150,7 @@ class Worker:
         return samplers.RandomSampler(seed=seed)
 
     def _build(self, trial: Any, point: Point) -> Built:
-        configuration = self.settings.configuration.with_values(point)
-        trainer = configuration.tree.get("trainer") or {}
-        quiet = {
-            "default_root_dir": str(self.settings.folder / "trials" / str(trial.number)),
-            "enable_progress_bar": any("ProgressBar" in str(callback) for callback in trainer.get("callbacks") or ()),
-            "enable_model_summary": False,
-        }
-        built = configuration.with_values({f"trainer.{key}": value for key, value in quiet.items() if trainer.get(key) is None}).build()
+        built = self.settings.quietly(point, self.settings.folder / "trials" / str(trial.number)).build()
         for callback in callbacks_of(built.trainer):
             if is_progress_bar(callback):
                 callback.disable()  # type: ignore[attr-defined]  # it would tear the search's own
