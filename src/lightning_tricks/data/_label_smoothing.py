@@ -40,8 +40,8 @@ def smooth_labels(labels: Tensor, classes: int, smoothing: float = 0.1) -> Tenso
         Probabilities, which `torch.nn.functional.cross_entropy` takes.
 
     Shape:
-        - Input: (N, *)
-        - Output: (N, *, K)
+        - Input: (N, ...)
+        - Output: (N, ..., K)
 
     Raises:
         ArgumentError: If an argument lies outside its domain.
