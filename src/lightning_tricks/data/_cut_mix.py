@@ -158,7 +158,7 @@ class CutMix(MixingTrick):
         return cut_mix(images, boxes, partners), [share for _, share in drawn], boxes
 
     @override
-    def mix_map(self, targets: Tensor, images: Tensor, partners: Tensor, how: Any) -> Tensor | None:
+    def _mix_map(self, targets: Tensor, images: Tensor, partners: Tensor, how: Any) -> Tensor | None:
         if targets.ndim < 3:
             return None
         if targets.shape[-2:] != images.shape[-2:]:

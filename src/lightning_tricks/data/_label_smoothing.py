@@ -116,7 +116,7 @@ class LabelSmoothing(TargetTrick):
         found = next((leaf for leaf in tree_leaves(batch) if isinstance(leaf, MixedTensor)), None)
         marks = Marks() if found is None else found.marks  # of the batch, if something is mixed in it
         marks.tricks.append(repr(self))
-        for place, labels in zip(self.places, self.targets(batch), strict=True):
+        for place, labels in zip(self.places, self._targets(batch), strict=True):
             branches, share = (labels.branches, labels.share) if isinstance(labels, MixedTensor) else ((labels,), 1.0)
             if branches[0].is_floating_point() or branches[0].dtype == torch.bool:
                 kind = branches[0].dtype

@@ -94,9 +94,9 @@ class MixingTrick(TargetTrick):
 
     @abstractmethod
     def mix(self, images: Tensor, shares: Sequence[float], partners: Tensor, draws: random.Random) -> tuple[Tensor, Sequence[float], Any]:
-        """Mix images by shares, of the batch or of each; return them, the shares that came out, and what `mix_map` needs to know."""
+        """Mix images by shares, of the batch or of each; return them, the shares that came out, and what `_mix_map` needs to know."""
 
-    def mix_map(self, targets: Tensor, images: Tensor, partners: Tensor, how: Any) -> Tensor | None:
+    def _mix_map(self, targets: Tensor, images: Tensor, partners: Tensor, how: Any) -> Tensor | None:
         """Mix targets that are maps of the images, if that is done as the images are mixed."""
         return None
 
@@ -114,7 +114,7 @@ class MixingTrick(TargetTrick):
     @override
     def change(self, trainer: Trainer, batch: Any, key: int) -> Any:
         self._share = 1.0
-        images, targets = self._images(batch), self.targets(batch)
+        images, targets = self._images(batch), self._targets(batch)
         for place, each in zip(self.places, targets, strict=True):
             if len(each) != len(images):
                 msg = f"{self!r} mixes samples, and there are {len(images)} inputs and {len(each)} targets at {place!r}. Give one for each."
@@ -128,7 +128,7 @@ class MixingTrick(TargetTrick):
         share = shares[0] if self.per == "batch" else torch.tensor(shares, device=images.device)
         batch, marks = replaced(batch, self.item, changed), Marks(repr(self))
         for place, each in zip(self.places, targets, strict=True):
-            cut = self.mix_map(each, images, partners, how)
+            cut = self._mix_map(each, images, partners, how)
             batch = replaced(batch, place, mix_targets(each, share, partners, marks) if cut is None else cut)
         return batch
 

@@ -51,7 +51,7 @@ class TargetTrick(BatchTrick):
         """Where the targets are in a batch."""
         return (self.target,) if isinstance(self.target, int | str) else self.target
 
-    def targets(self, batch: Any) -> list[Tensor]:
+    def _targets(self, batch: Any) -> list[Tensor]:
         """Return the targets in a batch.
 
         Raises:
