@@ -164,8 +164,14 @@ class Runs:
     folder: Path
     kept: dict[tuple[object, ...], Ended]
 
-    def acting(self, *, sharded: bool = False) -> Ended:
+    @property
+    def sharded(self) -> bool:
+        """Whether the checks take sharded checkpoints: under FSDP2, unless the trick's own state is sharded, which asks for both kinds."""
+        return self.kind == "fsdp2" and not self.case.make().follows_weights
+
+    def acting(self, *, sharded: bool | None = None) -> Ended:
         """Train with acting arguments, keep checkpoints of steps 5, 7 and 10, and the one of the end, written after the fit."""
+        sharded = self.sharded if sharded is None else sharded
         folder = self.checkpoints(sharded=sharded)
 
         def run():
@@ -241,28 +247,32 @@ def _resume(runs: Runs, step: int, *, sharded: bool) -> None:
 
 
 def check_resumes_in_the_middle_of_an_epoch(runs: Runs) -> None:
-    """A resumed run equals one that never stopped; under FSDP from a full checkpoint, whose weights load into the plain model."""
-    _resume(runs, 7, sharded=False)
-    if "zero" not in runs.kind and "keys" not in runs.case.skips:
+    """A resumed run equals one that never stopped; a full checkpoint's weights load into the plain model."""
+    _resume(runs, 7, sharded=runs.sharded)
+    if "zero" not in runs.kind and not runs.sharded and "keys" not in runs.case.skips:
         checkpoint = torch.load(runs.checkpoints(sharded=False) / "step=10.ckpt", weights_only=True)
         runs.case.model().load_state_dict({name: value for name, value in checkpoint["state_dict"].items() if name != "scale"})
 
 
 def check_resumes_at_the_end_of_an_epoch(runs: Runs) -> None:
-    """A resumed run equals one that never stopped; from a sharded checkpoint, where a trick's state is sharded in one, and under FSDP2."""
-    state = runs.kind == "fsdp1" and runs.case.make().follows_weights
-    _resume(runs, 5, sharded=state or runs.kind == "fsdp2")
+    """A resumed run equals one that never stopped; from a sharded checkpoint, where a trick's state is sharded in one.
+
+    What other tricks keep is the same in every rank's checkpoint, and the middle of an epoch asks more of them.
+    """
+    if not runs.case.make().follows_weights:
+        raise NotCheckedError("its state is not sharded, and the middle of an epoch is checked")  # noqa: EM101, TRY003
+    _resume(runs, 5, sharded="fsdp" in runs.kind)
 
 
 def check_resumes_what_is_saved_after_the_fit(runs: Runs) -> None:
     """A checkpoint of the end, when the model may hold other weights than those that trained, has both."""
     if "lends" in runs.case.skips:
         raise NotCheckedError(runs.case.skips["lends"])
-    ended, path = runs.acting(), runs.checkpoints(sharded=False) / "end.ckpt"
-    again, _ = fit([runs.case.make()], runs.case, runs.kind, ckpt_path=path)
+    ended, path = runs.acting(), runs.checkpoints(sharded=runs.sharded) / "end.ckpt"
+    again, _ = fit([runs.case.make()], runs.case, runs.kind, ckpt_path=path, sharded=runs.sharded)
     assert_equal(ended.weights, whole(again))
     started = Started()
-    fit([runs.case.make(), started], runs.case, runs.kind, max_epochs=3, ckpt_path=path)
+    fit([runs.case.make(), started], runs.case, runs.kind, max_epochs=3, ckpt_path=path, sharded=runs.sharded)
     assert_equal(ended.trained, started.weights)
 
 

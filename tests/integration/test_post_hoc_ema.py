@@ -183,7 +183,7 @@ def test_snapshots_that_were_moved_are_found_under_dirpath(tmp_path):
 def test_by_default_snapshots_lie_under_the_root_of_the_trainer(tmp_path):
     run = fit([lt.PostHocEMA(snapshot_every=5, name="late")], default_root_dir=tmp_path)
     assert run.trick.snapshots[15] == tmp_path / "post_hoc_ema_late" / "step=15"
-    assert not list(tmp_path.rglob("*.unfinished"))
+    assert not list(tmp_path.rglob("*.new"))
 
 
 def test_a_remote_root_needs_a_folder_for_snapshots(tmp_path):

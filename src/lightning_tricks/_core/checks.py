@@ -18,8 +18,10 @@ __all__ = [
     "check_choice",
     "check_count",
     "check_device",
+    "check_dim",
     "check_in_interval",
     "check_in_unit_interval",
+    "check_item",
     "check_name",
     "check_pair",
     "check_path",
@@ -43,6 +45,22 @@ def check_count(name: str, value: int, *, least: int = 1) -> int:
         msg = f"`{name}` must be a whole number of at least {least}, got {value!r}."
         raise ArgumentError(msg)
     return int(value)
+
+
+def check_dim(name: str, value: int, what: str) -> int:
+    """Accept a dimension other than that of the batch."""
+    if isinstance(value, bool) or not isinstance(value, int) or value == 0:
+        msg = f"`{name}` must be the dimension of {what}, such as 1 or -1, and not 0, which is the batch, got {value!r}."
+        raise ArgumentError(msg)
+    return value
+
+
+def check_item(value: int | str | None, none: str = "for the first tensor") -> int | str | None:
+    """Accept an index, a key, or None for what the words after it say."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | str)):
+        msg = f"`item` must be an index or a key in a batch, or None {none}, got {value!r}."
+        raise ArgumentError(msg)
+    return value
 
 
 def check_seed(value: int) -> int:

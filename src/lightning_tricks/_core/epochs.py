@@ -7,37 +7,19 @@ a fit goes on at the beginning of one, a run that was killed ends where one that
 from __future__ import annotations
 
 import os
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_tricks._core.draws import fold
-from lightning_tricks._core.lightning import Callback, LightningModule, Trainer, isolate_rng, override, seed_process
+from lightning_tricks._core.lightning import Callback, LightningModule, Trainer, override, seed_process
 from lightning_tricks._core.loaders import seed_generators
 from lightning_tricks._core.surgery import Patches
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable
 
-__all__ = ["SeededEpochs", "seed_epoch", "seeded"]
-
-_VARIABLES = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Let all random numbers in a block follow from a seed, and go on afterwards as if it had drawn none."""
-    before = {name: os.environ.get(name) for name in _VARIABLES}
-    try:
-        with isolate_rng():
-            seed_process(seed)
-            yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
+__all__ = ["SeededEpochs", "seed_epoch"]
 
 
 def seed_epoch(seed: int, epoch: int, rank: int, loaders: Iterable[Any]) -> None:

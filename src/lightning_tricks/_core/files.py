@@ -1,21 +1,34 @@
-"""Weights in files: paths, and what is read from them."""
+"""Files: those that are there as a whole or not at all, and weights that are read from them."""
 
 from __future__ import annotations
 
 import os
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_tricks._core.tensor_files import SUFFIX, TensorFiles, siblings
+from lightning_tricks._core.tensor_files import SUFFIX, TensorFiles, finish_file, siblings
 from lightning_tricks.errors import ArgumentError, CheckpointError
 
-__all__ = ["check_paths", "read_state_dict"]
+__all__ = ["check_paths", "read_state_dict", "whole_file"]
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield where to write a file, which takes its own path once the block has ended well; its folder is made if it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.new")
+    try:
+        yield unfinished
+        finish_file(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def check_paths(paths: Iterable[str | os.PathLike[str]]) -> tuple[Path, ...]:

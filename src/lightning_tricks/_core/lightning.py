@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from lightning.fabric.utilities.exceptions import MisconfigurationException
-    from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+    from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
     from lightning.pytorch.utilities.data import extract_batch_size
     from lightning.pytorch.utilities.seed import isolate_rng
@@ -55,7 +55,6 @@ __all__ = [
     "rng_states",
     "scales_gradients",
     "scheduled_accumulation",
-    "seed_everything",
     "seed_process",
     "set_rng_states",
     "trainer_class",
@@ -104,7 +103,6 @@ if not TYPE_CHECKING:
     isolate_rng = import_module(f"{_HOME.__name__}.utilities.seed").isolate_rng
     rank_zero_info = import_module(f"{_HOME.__name__}.utilities").rank_zero_info
     rank_zero_warn = import_module(f"{_HOME.__name__}.utilities").rank_zero_warn
-    seed_everything = _HOME.seed_everything
     LightningModule, Trainer = _HOME.LightningModule, _HOME.Trainer
     STEP_OUTPUT = Any
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.parameter import is_lazy
 
+from lightning_tricks._core.files import whole_file
 from lightning_tricks._core.shards import Runs, Shards
 from lightning_tricks._core.strategies import holder_of, own_part, region_of, return_to_shards, stored_tensors
 from lightning_tricks._core.weights import memory
@@ -122,9 +123,8 @@ def write_snapshot(
         "entries": _entries(averages, stored),
     }
     path = folder / f"part_{rank if sharded else 0}_of_{ranks if sharded else 1}.pt"
-    unfinished = path.with_suffix(".unfinished")
-    torch.save(record, unfinished)
-    unfinished.replace(path)
+    with whole_file(path) as unfinished:
+        torch.save(record, unfinished)
 
 
 def _entries(averages: Averages, stored: Stored) -> dict[str, dict[str, Any]]:

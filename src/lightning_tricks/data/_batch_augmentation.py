@@ -14,12 +14,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lightning_tricks._core.checks import check_item
 from lightning_tricks._core.lightning import STEP_OUTPUT, LightningModule, Trainer, callbacks_of, logs_now, override
 from lightning_tricks._core.loaders import place_in_pass
 from lightning_tricks.data._augmenting import Augmentation, are_images, check_transforms, transformed
 from lightning_tricks.data._batches import BatchTrick, describe, find, replaced
 from lightning_tricks.data._photometry import ColorJitter
-from lightning_tricks.data._statistics import check_item
 from lightning_tricks.data._transform import Transform
 from lightning_tricks.errors import ArgumentError, TrickConflictError
 

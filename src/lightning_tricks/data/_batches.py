@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zlib
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -14,12 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from lightning_tricks._core.checkpoint import read_entry, write_entry
 from lightning_tricks._core.draws import fold
 from lightning_tricks._core.lightning import LightningModule, Trainer, override
 from lightning_tricks._core.loaders import place_in_pass
+from lightning_tricks._core.seeding import SeededTrick
 from lightning_tricks._core.strategies import data_rank
-from lightning_tricks._core.trick import Trick
 from lightning_tricks.errors import TrickError
 
 if TYPE_CHECKING:
@@ -67,7 +65,7 @@ def replaced(batch: Any, item: int | str | None, value: Any) -> Any:
     return tree_unflatten(leaves, structure)
 
 
-class BatchTrick(Trick):
+class BatchTrick(SeededTrick):
     """Changes each batch of training once it is on the device and all hooks of the module and data module have seen it.
 
     Evaluations, the sanity check included, see plain batches; additional passes over the training data, such as those that measure
@@ -79,7 +77,6 @@ class BatchTrick(Trick):
 
     def __init__(self, name: str | None) -> None:
         super().__init__(name)
-        self._seed = 0
         self._reached = False
         self._detach: Callable[[], None] | None = None
 
@@ -97,7 +94,7 @@ class BatchTrick(Trick):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._undo()
-            self._seed, self._reached = int(os.environ.get("PL_GLOBAL_SEED", "0")), False
+            self._reached = False
             if not self.is_neutral:
                 self._detach = after_transfer(trainer, partial(self._change, trainer), turn=self.turn)
 
@@ -133,16 +130,6 @@ class BatchTrick(Trick):
         if self._detach is not None:
             self._detach()
         self._detach = None
-
-    @override
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        write_entry(checkpoint, self.state_key, repr(self), {"seed": self._seed})
-
-    @override
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        entry = read_entry(checkpoint, self.state_key)
-        if trainer.state.fn == "fit" and entry is not None:
-            self._seed = int(entry["seed"])
 
 
 class _Transfer:

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_tricks._core.checks import check_choice, check_in_interval
+from lightning_tricks._core.checks import check_choice, check_in_interval, check_item
 from lightning_tricks._core.clock import Duration, plain_duration
 from lightning_tricks._core.draws import fold, order_of_rows, uniform
 from lightning_tricks._core.lightning import STEP_OUTPUT, LightningModule, Trainer, callbacks_of, logs_now, override
 from lightning_tricks.data._batches import describe, find, replaced
 from lightning_tricks.data._mixed_tensors import Marks, mixed
 from lightning_tricks.data._soft_labels import weighed
-from lightning_tricks.data._statistics import check_item
 from lightning_tricks.data._target_trick import Places, TargetTrick
 from lightning_tricks.errors import ArgumentError, TrickError
 

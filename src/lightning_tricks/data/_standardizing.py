@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 
 from lightning_tricks._core.checkpoint import read_changes, write_change, write_entry
-from lightning_tricks._core.checks import check_bool, check_choice, check_in_interval
+from lightning_tricks._core.checks import check_bool, check_choice, check_dim, check_in_interval, check_item
 from lightning_tricks._core.lightning import (
     STEP_OUTPUT,
     LightningModule,
@@ -27,7 +27,7 @@ from lightning_tricks._core.preparing import prepare
 from lightning_tricks._core.recording import RecordingTrick
 from lightning_tricks._core.surgery import Patches
 from lightning_tricks.data._standardizer import Standardizer, attach, submodule
-from lightning_tricks.data._statistics import Collector, Per, StandardizationStatistics, Whitening, check_dim, check_item, tensor_in
+from lightning_tricks.data._statistics import Collector, Per, StandardizationStatistics, Whitening, tensor_in
 from lightning_tricks.errors import ArgumentError, NothingMatchedError, TrickConflictError, TrickError
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class StandardizingTrick(RecordingTrick):
             msg = f"`batches` must be a positive number of batches, or 'all' for all, got {batches!r}."
             raise ArgumentError(msg)
         self.batches: int | Literal["all"] = batches
-        self.dim = check_dim(dim)
+        self.dim = check_dim("dim", dim, "channels")
         self.eps = check_in_interval("eps", eps, "[0, ∞)")
         self.center, self.scale = check_bool("center", center), check_bool("scale", scale)
         self.item = check_item(item)

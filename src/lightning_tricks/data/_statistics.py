@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, distributed
 
-from lightning_tricks._core.checks import check_bool, check_choice, check_count, check_in_interval
+from lightning_tricks._core.checks import check_bool, check_choice, check_count, check_dim, check_in_interval, check_item
 from lightning_tricks._core.loaders import untouched
 from lightning_tricks._core.moments import Moments
 from lightning_tricks.data._batches import describe, find
@@ -29,8 +29,6 @@ __all__ = [
     "Per",
     "StandardizationStatistics",
     "Whitening",
-    "check_dim",
-    "check_item",
     "standardization_statistics",
     "tensor_in",
     "whitening_matrix",
@@ -114,7 +112,8 @@ def standardization_statistics(
         (tensor([2., 5.], dtype=torch.float64), tensor([2.6667, 0.0000], dtype=torch.float64),
          tensor([1.6330, 1.0000], dtype=torch.float64))
     """
-    collector = Collector(check_choice("per", per, ("channel", "feature")), check_dim(dim), covariance=check_bool("covariance", covariance))
+    check_choice("per", per, ("channel", "feature"))
+    collector = Collector(per, check_dim("dim", dim, "channels"), covariance=check_bool("covariance", covariance))
     item, limit = check_item(item), None if batches is None else check_count("batches", batches)
     with torch.no_grad(), untouched([loader]):
         for batch in islice(iter(loader), limit):
@@ -163,22 +162,6 @@ def whitening_matrix(covariance: Tensor, *, mode: Whitening = "zca", eps: float 
     components = factors.unsqueeze(1) * vectors.T
     matrix: Tensor = components if mode == "pca" else vectors @ components
     return matrix
-
-
-def check_dim(value: int) -> int:
-    """Accept a dimension other than that of the batch."""
-    if isinstance(value, bool) or not isinstance(value, int) or value == 0:
-        msg = f"`dim` must be the dimension of channels, such as 1 or -1, and not 0, which is the batch, got {value!r}."
-        raise ArgumentError(msg)
-    return value
-
-
-def check_item(value: int | str | None) -> int | str | None:
-    """Accept an index, a key, or None for what comes first."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | str)):
-        msg = f"`item` must be an index or a key in a batch, or None for the first tensor, got {value!r}."
-        raise ArgumentError(msg)
-    return value
 
 
 def tensor_in(batch: Any, item: int | str | None) -> Tensor:

@@ -6,15 +6,7 @@ from typing import Literal
 
 from lightning_tricks.errors import ArgumentError
 
-__all__ = ["check_batches", "check_dim", "check_item", "check_target"]
-
-
-def check_dim(value: int) -> int:
-    """Accept the dimension of the classes."""
-    if isinstance(value, bool) or not isinstance(value, int) or value == 0:
-        msg = f"`class_dim` must be the dimension of the classes, such as 1 or -1, and not 0, which is the batch, got {value!r}."
-        raise ArgumentError(msg)
-    return value
+__all__ = ["check_batches", "check_target"]
 
 
 def check_target(value: str | None) -> str | None:
@@ -31,13 +23,5 @@ def check_batches(value: int | Literal["all"] | None) -> int | Literal["all"] | 
         return value
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         msg = f"`refresh_batch_norm` must be a number of batches of at least 1, 'all', or None to keep the statistics, got {value!r}."
-        raise ArgumentError(msg)
-    return value
-
-
-def check_item(value: int | str | None) -> int | str | None:
-    """Accept an index or a key, or None."""
-    if isinstance(value, bool) or not (value is None or isinstance(value, int | str)):
-        msg = f"`item` must be an index or a key in a batch, or None to look for labels where they often are, got {value!r}."
         raise ArgumentError(msg)
     return value

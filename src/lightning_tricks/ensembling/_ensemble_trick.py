@@ -12,7 +12,7 @@ from lightning_tricks._core.averages import find_average
 from lightning_tricks._core.batch_norms import select_batch_norms
 from lightning_tricks._core.batch_statistics import measure_in_training, write_statistics
 from lightning_tricks._core.checkpoint import read_entry, write_entry
-from lightning_tricks._core.checks import check_bool, check_choice, check_count, check_path
+from lightning_tricks._core.checks import check_bool, check_choice, check_count, check_dim, check_item, check_path
 from lightning_tricks._core.copies import copy_module
 from lightning_tricks._core.evaluation import validate_aside
 from lightning_tricks._core.lightning import (
@@ -31,7 +31,7 @@ from lightning_tricks._core.strategies import named_tensors, own_part, plain_nam
 from lightning_tricks._core.surgery import Patches
 from lightning_tricks._core.swapping import SwappingTrick
 from lightning_tricks.ensembling._answering import Answer
-from lightning_tricks.ensembling._arguments import check_batches, check_dim, check_item, check_target
+from lightning_tricks.ensembling._arguments import check_batches, check_target
 from lightning_tricks.ensembling._combining import Combine, Output, Uncertainty, check_combination
 from lightning_tricks.ensembling._ensemble import Ensemble
 from lightning_tricks.ensembling._evaluating import Combination, Evaluation
@@ -76,14 +76,14 @@ class EnsembleTrick(SwappingTrick):
         super().__init__(name)
         self.members = check_count("members", members)
         check_combination(combine, output)
-        self.combine, self.output, self.class_dim = combine, output, check_dim(class_dim)
+        self.combine, self.output, self.class_dim = combine, output, check_dim("class_dim", class_dim, "the classes")
         self._combination = Combination(self.combine, self.output, self.class_dim)
         self.target = check_target(target)
         self.weights = check_choice("weights", weights, ("current", "average"))
         self.refresh_batch_norm = check_batches(refresh_batch_norm)
         self.evaluate = check_choice("evaluate", evaluate, (True, False, "members"))
         self.measure = check_bool("measure", measure)
-        self.item = check_item(item)
+        self.item = check_item(item, "to look for labels where they often are")
         self.memory = check_choice("memory", memory, ("cpu", "disk"))
         self.dirpath = check_path("dirpath", dirpath)
         self._module: LightningModule | None = None  # whose members there are

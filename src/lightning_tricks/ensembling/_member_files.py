@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lightning_tricks._core.files import whole_file
 from lightning_tricks._core.tensor_files import SUFFIX, TensorFiles, digest_of, finish_file, sweep_unfinished, write_unfinished
 from lightning_tricks.errors import ArgumentError, CheckpointError, TrickError
 
@@ -123,9 +124,8 @@ class MemberFiles:
         return self.folder / f"member-{member}.json"
 
     def _write(self, path: Path, content: dict[str, Any]) -> None:
-        unfinished = path.with_suffix(".new")
-        unfinished.write_text(json.dumps(content, indent=1) + "\n")
-        finish_file(unfinished, path)
+        with whole_file(path) as unfinished:
+            unfinished.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from lightning_tricks._core.draws import fold
-from lightning_tricks._core.epochs import SeededEpochs, seeded
+from lightning_tricks._core.epochs import SeededEpochs
 from lightning_tricks._core.lightning import (
     LightningModule,
     Trainer,
@@ -27,6 +27,7 @@ from lightning_tricks._core.lightning import (
     trainer_class,
 )
 from lightning_tricks._core.loaders import untouched
+from lightning_tricks._core.seeding import seeded
 from lightning_tricks._core.surgery import Patches
 from lightning_tricks.ensembling._bagging import bagged, draw_bag, outside, predict_rows
 from lightning_tricks.ensembling._member_files import MemberFiles, tensors_of

@@ -12,7 +12,6 @@ D. Mishkin and J. Matas, "All you need is a good init", ICLR, 2016.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -26,6 +25,7 @@ from lightning_tricks._core.checks import check_choice, check_count, check_patte
 from lightning_tricks._core.lightning import STEP_OUTPUT, LightningModule, Trainer, logs_now, override, rank_zero_info
 from lightning_tricks._core.loaders import move_batch, training_pass
 from lightning_tricks._core.preparing import prepare
+from lightning_tricks._core.seeding import seed_of_run
 from lightning_tricks._core.strategies import refuse_strategies
 from lightning_tricks._core.surgery import Patches, when_built
 from lightning_tricks._core.trick import Trick
@@ -240,7 +240,7 @@ class Initialization(Trick):
             self._initialize(module, None, partial(call_with, module))
 
     def _initialize(self, module: LightningModule, batches: Iterable[Any] | None, forward: Callable[[Any], Any]) -> None:
-        seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if self.seed is None else self.seed
+        seed = seed_of_run() if self.seed is None else self.seed
         self.report = run_initialization(module, self.options, seed, batches, forward, trick=repr(self))
         _BEGUN.setdefault(module, set()).add(self.state_key)
         rank_zero_info(f"{self!r} initialized {type(module).__name__}:\n{self.report}")

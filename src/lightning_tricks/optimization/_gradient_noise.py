@@ -10,7 +10,6 @@ for Very Deep Networks", ICLR workshop, 2016.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar, Final
@@ -23,6 +22,7 @@ from torch.optim import Optimizer
 from lightning_tricks._core.checks import check_seed
 from lightning_tricks._core.draws import fold
 from lightning_tricks._core.lightning import override
+from lightning_tricks._core.seeding import seed_of_run
 from lightning_tricks._core.shards import TensorShards
 from lightning_tricks._core.strategies import added_up, own_part
 from lightning_tricks.errors import UnsupportedOptimizerError
@@ -155,5 +155,5 @@ class GradientNoise(WrapperRecipe):
 
     @override
     def _wrap(self, inner: Optimizer, model: nn.Module) -> Optimizer:
-        seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if self.seed is None else self.seed
+        seed = seed_of_run() if self.seed is None else self.seed
         return NoisyOptimizer(inner, self.eta, self.gamma, seed)

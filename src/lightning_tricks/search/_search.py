@@ -18,6 +18,7 @@ from lightning_tricks.search._board import holders, look, outcome_of
 from lightning_tricks.search._search_progress import SearchProgress
 from lightning_tricks.search._settings import Settings, read_settings
 from lightning_tricks.search._storage import find_study, open_study, optuna
+from lightning_tricks.search._trial import quieted
 from lightning_tricks.search._worker import Worker
 
 if TYPE_CHECKING:
@@ -184,13 +185,5 @@ def _work_on_ray(settings: Settings, study: Any, shown: SearchProgress, workers:
 def _quiet() -> Iterator[None]:
     """Let Optuna and Lightning tell no more than they must: what comes of trials is told by the progress."""
     optuna()  # which sets a level of its own when it is imported
-    levels = {logging.getLogger("optuna"): logging.ERROR}
-    levels |= {logging.getLogger(name): logging.WARNING for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning")}
-    before = {logger: logger.level for logger in levels}
-    for logger, level in levels.items():
-        logger.setLevel(max(logger.level, level))
-    try:
+    with quieted("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric"), quieted("optuna", level=logging.ERROR):
         yield
-    finally:
-        for logger, level in before.items():
-            logger.setLevel(level)

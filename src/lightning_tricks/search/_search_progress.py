@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Mapping, Sequence
-from importlib import import_module
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
+from lightning_tricks._core.files import whole_file
+from lightning_tricks._core.lightning import override
 from lightning_tricks.search._board import Board, holders, outcome_of
+from lightning_tricks.search._display import Display
 from lightning_tricks.search._settings import Settings
 
 __all__ = ["SearchProgress"]
@@ -17,7 +16,7 @@ __all__ = ["SearchProgress"]
 _DONE = {"complete", "pruned", "failed"}
 
 
-class SearchProgress:
+class SearchProgress(Display):
     """Tells what comes of the trials of a search, whoever does them, and keeps `best.yaml` in its folder up to date.
 
     Args:
@@ -26,24 +25,16 @@ class SearchProgress:
     """
 
     def __init__(self, settings: Settings, *, show: bool) -> None:
-        self.settings, self.show = settings, show
+        super().__init__(show=show)
+        self.settings = settings
         self._told: set[int] | None = None
         self._stage = -1
         self._best: int | None = None
-        self._bar: Any = None
-        self._task: Any = None
 
-    def __enter__(self) -> Self:
-        if self.show and sys.stderr.isatty():
-            self._bar = _rich_bar()
-        if self._bar is not None:
-            self._bar.start()
-            self._task = self._bar.add_task("")
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+    @override
+    def columns(self, progress: Any) -> Sequence[Any]:
+        text = progress.TextColumn("{task.description}")
+        return text, progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeElapsedColumn()
 
     def update(self, trials: Sequence[Any], board: Board) -> None:
         """Look at all trials, and tell what is new."""
@@ -55,16 +46,15 @@ class SearchProgress:
         if self._told is None:
             self._told = {trial.number for trial in done}
             if done:
-                self._say(f"{len(done)} trials are there from before.")
+                self.say(f"{len(done)} trials are there from before.")
         for trial in sorted(done, key=lambda trial: trial.number):
             if trial.number not in self._told:
                 self._told.add(trial.number)
-                self._say(self._describe(trial))
+                self.say(self._describe(trial))
         if board.stage != self._stage:
             self._stage = board.stage
-            self._say(self._announce(board, best))
-        if self._bar is not None:
-            self._bar.update(self._task, completed=board.done, total=board.total, description=f"stage {board.stage + 1}")
+            self.say(self._announce(board, best))
+        self.advance(completed=board.done, total=board.total, description=f"stage {board.stage + 1}")
 
     def _best_of(self, trials: Sequence[Any]) -> Any:
         sign = 1 if self.settings.mode == "min" else -1
@@ -72,12 +62,9 @@ class SearchProgress:
         return min(complete, key=lambda trial: (sign * trial.value, trial.number), default=None)
 
     def _save(self, trial: Any) -> None:
-        """Write the configuration of a trial, as a whole or not at all."""
-        file = self.settings.folder / "best.yaml"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(f".{os.getpid()}.unfinished")
-        self.settings.configuration.with_values({**trial.params, "seed_everything": self.settings.seed}).save(unfinished)
-        unfinished.replace(file)
+        """Write the configuration of a trial."""
+        with whole_file(self.settings.folder / "best.yaml") as unfinished:
+            self.settings.configuration.with_values({**trial.params, "seed_everything": self.settings.seed}).save(unfinished)
 
     def _describe(self, trial: Any) -> str:
         state, metric = outcome_of(trial), self.settings.metric
@@ -104,22 +91,6 @@ class SearchProgress:
         told = f"{self.settings.metric} {best.value:.6g}, trial {best.number}; {_spell(best.params)}"
         return f"Best: {told}\nIts configuration: {self.settings.folder / 'best.yaml'}"
 
-    def _say(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        elif self.show:
-            sys.stderr.write(f"{text}\n")
-            sys.stderr.flush()
-
 
 def _spell(params: Mapping[str, Any]) -> str:
     return ", ".join(f"{path}={value:.6g}" if isinstance(value, float) else f"{path}={value}" for path, value in params.items())
-
-
-def _rich_bar() -> Any:
-    try:
-        console, progress = import_module("rich.console"), import_module("rich.progress")
-    except ImportError:
-        return None
-    columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeElapsedColumn())
-    return progress.Progress(*columns, console=console.Console(stderr=True))

@@ -22,6 +22,7 @@ import torch
 
 from lightning_tricks._core.checks import check_choice
 from lightning_tricks._core.conflicts import check_conflicts
+from lightning_tricks._core.files import whole_file
 from lightning_tricks._core.lightning import Callback, callbacks_of, is_callback
 from lightning_tricks.errors import ArgumentError, TrickConflictError
 from lightning_tricks.search._trial import Outcome, aside, check_metric, run_trial
@@ -245,8 +246,5 @@ def _check_tricks(tricks: Mapping[str, Callback | Sequence[Callback]]) -> dict[s
 
 
 def _write(file: Path, content: Mapping[str, Any]) -> None:
-    """Write a file so that it is there as a whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(f".{os.getpid()}.unfinished")
-    unfinished.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    unfinished.replace(file)
+    with whole_file(file) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=1), encoding="utf-8")

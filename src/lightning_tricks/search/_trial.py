@@ -6,7 +6,6 @@ import copy
 import ctypes
 import gc
 import logging
-import os
 import random
 import signal
 import statistics
@@ -27,10 +26,9 @@ from lightning_tricks._core.lightning import (
     Trainer,
     callbacks_of,
     override,
-    rng_states,
-    seed_everything,
-    set_rng_states,
+    seed_process,
 )
+from lightning_tricks._core.seeding import unseeded
 from lightning_tricks.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -38,7 +36,7 @@ if TYPE_CHECKING:
 
     from lightning_tricks.search._configuration import Built
 
-__all__ = ["Outcome", "aside", "check_metric", "run_trial"]
+__all__ = ["Outcome", "aside", "check_metric", "quieted", "run_trial"]
 
 _WARM_UP = 3  # steps whose time is that of first allocations and compilations
 
@@ -86,7 +84,7 @@ def run_trial(build: Callable[[], Built], callbacks: Sequence[Callback], *, seed
         SystemExit: If the module, the data or a callback exits.
     """
     with aside():
-        seed_everything(seed, workers=True, verbose=False)
+        seed_process(seed)
         meter = Meter(seed)
         module, datamodule, trainer = build()
         callbacks_of(trainer).extend([*copy.deepcopy(list(callbacks)), meter])  # the meter at last: it draws anew after all others
@@ -110,7 +108,7 @@ def check_metric(build: Callable[[], Built], *, seed: int, metric: str, test: bo
         ArgumentError: If it is not.
     """
     with aside():
-        seed_everything(seed, workers=True, verbose=False)
+        seed_process(seed)
         module, datamodule, trainer = build()
         trainer.limit_val_batches = trainer.limit_test_batches = 1
         trainer.loggers = []
@@ -131,25 +129,27 @@ def _evaluate(module: LightningModule, datamodule: Any, trainer: Trainer, metric
 @contextmanager
 def aside() -> Iterator[None]:
     """Leave random numbers, signals, the environment and the loudness of Lightning as they were."""
-    states, names = rng_states(), ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
-    environment = {name: os.environ.get(name) for name in names}
     main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGINT) if main else None
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(max(logger.level, logging.WARNING))
+    try:
+        with unseeded(), quieted("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric"):
+            yield
+    finally:
+        if handler is not None:
+            signal.signal(signal.SIGINT, handler)  # which Lightning ignores once it was interrupted
+
+
+@contextmanager
+def quieted(*names: str, level: int = logging.WARNING) -> Iterator[None]:
+    """Let loggers tell nothing below a level."""
+    before = {logger: logger.level for logger in map(logging.getLogger, names)}
+    for logger in before:
+        logger.setLevel(max(logger.level, level))
     try:
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        if handler is not None:
-            signal.signal(signal.SIGINT, handler)  # which Lightning ignores once it was interrupted
-        for name, value in environment.items():
-            os.environ.pop(name, None)
-            os.environ |= {} if value is None else {name: value}
-        set_rng_states(states)
+        for logger, own in before.items():
+            logger.setLevel(own)
 
 
 class Meter(Callback):

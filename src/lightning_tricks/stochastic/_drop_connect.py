@@ -9,7 +9,6 @@ S. Merity, N. S. Keskar and R. Socher, "Regularizing and Optimizing LSTM Languag
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,6 +19,7 @@ from lightning_tricks._core.checks import check_in_interval, check_seed
 from lightning_tricks._core.draws import Clock
 from lightning_tricks._core.lightning import LightningModule, Trainer, override, rank_zero_info
 from lightning_tricks._core.schedule import Schedule, check_varying
+from lightning_tricks._core.seeding import seed_of_run
 from lightning_tricks._core.surgery import stand_ins
 from lightning_tricks.errors import TrickError
 from lightning_tricks.stochastic._masked_layers import Masking, check_free
@@ -204,7 +204,7 @@ class DropConnect(RandomTrick):
                 "Evaluate with a callback that has a number as its rate."
             )
             raise TrickError(msg)
-        self._seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        self._seed = seed_of_run()
         self._begin(pl_module)
 
     @override

@@ -13,7 +13,6 @@ and S. J. Rennie, V. Goel and S. Thomas, "Annealed Dropout Training of Deep Netw
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +24,7 @@ from lightning_tricks._core.checks import check_choice, check_count, check_in_in
 from lightning_tricks._core.draws import Clock, fold
 from lightning_tricks._core.lightning import LightningModule, Trainer, callbacks_of, override, rank_zero_info, rank_zero_warn, trainer_of
 from lightning_tricks._core.schedule import Schedule, check_varying
+from lightning_tricks._core.seeding import seed_of_run
 from lightning_tricks.errors import TrickConflictError, TrickError
 from lightning_tricks.stochastic._dropout_surgery import Applied, Plan, Surgery, find_after, find_rates, is_compiled
 from lightning_tricks.stochastic._masking import KINDS, Kind
@@ -318,7 +318,7 @@ class Dropout(RandomTrick):
         self._undo()
         self._do(module)
         if self.samples is not None:
-            seed = fold(int(os.environ.get("PL_GLOBAL_SEED", "0")), self._rank(trainer))
+            seed = fold(seed_of_run(), self._rank(trainer))
             self._passes = MeanOfPasses(module, self.samples, seed=seed, owner=repr(self))
             self._passes.attach()
 

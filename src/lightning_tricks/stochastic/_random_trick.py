@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lightning_tricks._core.checkpoint import read_entry, write_entry
 from lightning_tricks._core.draws import Clock
 from lightning_tricks._core.lightning import STEP_OUTPUT, LightningModule, Trainer, defines, logs_now, override
 from lightning_tricks._core.schedule import follow
+from lightning_tricks._core.seeding import SeededTrick
 from lightning_tricks._core.strategies import data_rank
-from lightning_tricks._core.trick import Trick
 from lightning_tricks.errors import NothingMatchedError
 
 if TYPE_CHECKING:
@@ -22,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["RandomTrick"]
 
 
-class RandomTrick(Trick):
+class RandomTrick(SeededTrick):
     """Changes a model for the fit, so that it draws at random in training; the original is back at the end, whatever ends the fit.
 
     What is drawn follows from the clock, which stands at another moment in each batch: one of seed, rank, epoch, step and batch. Hence
@@ -35,7 +33,6 @@ class RandomTrick(Trick):
     def __init__(self, name: str | None) -> None:
         super().__init__(name)
         self._clock = Clock(0)
-        self._seed = 0
         self._attached = False
         self._value: Callable[[int], float] | None = None
         self._now = 0.0
@@ -74,7 +71,7 @@ class RandomTrick(Trick):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._seed, self._value = int(os.environ.get("PL_GLOBAL_SEED", "0")), None
+            self._value = None
             self._begin(pl_module)
 
     @override
@@ -132,13 +129,3 @@ class RandomTrick(Trick):
     def _undo(self) -> None:
         self.detach()
         self._attached = False
-
-    @override
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        write_entry(checkpoint, self.state_key, repr(self), {"seed": self._seed})
-
-    @override
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        entry = read_entry(checkpoint, self.state_key)
-        if trainer.state.fn == "fit" and entry is not None:
-            self._seed = int(entry["seed"])
