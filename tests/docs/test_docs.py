@@ -216,6 +216,12 @@ def test_install_page_agrees_with_the_project():
     assert set(re.findall(r"^\| `(\w+)` \|", sections["Extras"], flags=re.MULTILINE)) == PROJECT["optional-dependencies"].keys()
 
 
+def test_the_citation_is_of_this_release():
+    cited = dict(re.findall(r"^([\w-]+): (\S.*)$", (ROOT / "CITATION.cff").read_text(), flags=re.MULTILINE))
+    assert cited["version"] == PROJECT["version"]
+    assert cited["license"] == PROJECT["license"]
+
+
 @pytest.mark.full
 def test_pages_build_and_the_index_has_every_public_name(tmp_path):
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "-d", tmp_path / "trees", DOCS, tmp_path / "html"]
