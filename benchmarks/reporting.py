@@ -42,9 +42,13 @@ def _version(package: str) -> str:
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table in Markdown, numbers to the right."""
-    numeric = [bool(rows) and rows[0][i][:1].isdigit() for i in range(len(header))]
+    numeric = [bool(rows) and _is_number(rows[0][i]) for i in range(len(header))]
     lines = [header, ["---:" if right else "---" for right in numeric], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _is_number(cell: str) -> bool:
+    return cell.lstrip("-")[:1].isdigit()
 
 
 def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -55,7 +59,7 @@ def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> No
         print(f"\n{title}\n\n{markdown(header, rows)}\n", flush=True)
         return
     for i, name in enumerate(header):
-        table.add_column(name, justify="right" if rows[0][i][:1].isdigit() else "left", no_wrap=True)
+        table.add_column(name, justify="right" if _is_number(rows[0][i]) else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     if not console.is_terminal:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import csv
+import importlib
+import json
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
+from contracts.cases import CASES
 from contracts.harness import Worker
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -30,3 +34,50 @@ def test_the_example_of_transfer_fills_its_table(tmp_path):
         (amount, kind) for amount in ("little", "much") for kind in ("different", "similar")
     ]
     assert (tmp_path / "transfer.png").stat().st_size > 10_000
+
+
+TINY = Namespace(model="tiny", batch_size=2, warmup=1, steps=1, device="cpu")
+
+
+@pytest.fixture
+def overhead(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    module = importlib.import_module("overhead")
+    monkeypatch.setitem(module.WIDTHS, "tiny", [8, 8, 16])
+    return module
+
+
+@pytest.mark.full
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("trick", [case.trick for case in CASES], ids=lambda trick: trick.__name__)
+def test_the_cost_of_every_public_callback_is_measured(overhead, trick):
+    assert [type(each) for each in overhead.TRICKS[trick.__name__]()] == [trick]
+    cpu, elapsed, around = overhead.times_of(trick.__name__, TINY, acting=True)
+    assert min(cpu, elapsed, around) > 0
+
+
+@pytest.mark.full
+def test_the_table_of_costs_has_time_memory_and_a_row_without_any_trick(tmp_path):
+    Worker(BENCHMARKS / "overhead.py", "--quick", "--tricks", "SAM", "--warmup", 1, "--steps", 1, "--output", tmp_path / "out").finish()
+    data = json.loads((tmp_path / "out.json").read_text())
+    nothing, *tricks = data["times"]
+    assert tricks == ["SAM"]
+    assert data["made"][nothing] == ""
+    assert data["peaks"][nothing]["with"] == data["peaks"][nothing]["without"]
+    assert data["peaks"]["SAM"]["with"] > data["peaks"]["SAM"]["without"]
+    lines = (tmp_path / "out.md").read_text().splitlines()
+    assert sum(line.startswith("| SAM |") for line in lines) == 2
+
+
+@pytest.mark.full
+def test_whole_runs_are_compared_beside_their_noise(tmp_path):
+    Worker(BENCHMARKS / "overhead.py", "--whole-run", "--quick", "--steps", 1, "--output", tmp_path / "out").finish()
+    assert [len(run["cpu"]) for run in json.loads((tmp_path / "out.json").read_text())["runs"].values()] == [2, 2, 2]
+    assert "1.01 ×" in (tmp_path / "out.md").read_text()
+
+
+@pytest.mark.full
+def test_what_a_trick_imports_is_told_apart_from_what_training_imports(overhead):
+    found = overhead.trick_imports(["EMA", "GradientFlow"], Namespace(**{**vars(TINY), "model": "small"}))
+    assert any(name.startswith("matplotlib") for name in found["GradientFlow"])
+    assert not [name for name in found["EMA"] if name.startswith(("torch.", "lightning.", "matplotlib"))]
