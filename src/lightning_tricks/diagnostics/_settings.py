@@ -38,7 +38,7 @@ def plain(value: Any) -> Any:
     Example:
         >>> from lightning_tricks import schedules
         >>> plain([0.1, math.inf, schedules.Constant(0.5), math.sqrt])
-        [0.1, 'inf', {'class': 'Constant', 'factor': 0.5, 'warmup': 0}, 'math.sqrt']
+        [0.1, 'inf', {'class': 'Constant', 'warmup': 0, 'level': 0.5}, 'math.sqrt']
     """
     if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
         return value
