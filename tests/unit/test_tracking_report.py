@@ -398,6 +398,19 @@ def test_a_test_alone_has_its_hyperparameters_and_no_report(tmp_path):
     assert not Path(logger.log_dir, "tracking_report").exists()
 
 
+def test_a_trial_run_and_a_trainer_without_loggers_report_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for options in ({"fast_dev_run": True}, {"logger": False}):
+        run = fit([lt.TrackingReport(artifacts="all", figures=False), lt.FitDiagnosis(patience=1)], **options)
+        assert len(run.losses) > 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_done_where_a_step_is_taken():
+    hooks = {name for name in vars(lt.TrackingReport) if name.startswith("on_")}
+    assert hooks == {"on_train_start", "on_fit_end", "on_exception", "on_save_checkpoint", "on_load_checkpoint"}
+
+
 # Parts
 
 
