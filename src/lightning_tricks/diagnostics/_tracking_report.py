@@ -3,6 +3,8 @@
 A curve of a loss does not say how it came about. Beside it belong the arguments of every trick, the best value where the best counts and
 not the last, the members of an ensemble, the pictures that tricks draw, and, if wanted, the weights themselves under names by which
 they are found again.
+
+Source: L. Biewald, "Experiment Tracking with Weights and Biases", software, wandb.com, 2020.
 """
 
 from __future__ import annotations
@@ -75,6 +77,9 @@ class TrackingReport(Trick):
 
         An error of a logger is warned of once, and the run goes on. Rank zero alone reports. The checkpoint holds the W&B run's id; a fit
         that goes on in another run notes it there as ``resumed_from``.
+
+    References:
+        - L. Biewald, "Experiment Tracking with Weights and Biases", software, wandb.com, 2020.
 
     Example:
         >>> TrackingReport(goals={"val_acc": "max"}, artifacts="best")
