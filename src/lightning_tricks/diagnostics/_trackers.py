@@ -15,7 +15,7 @@ from lightning_tricks._core.lightning import is_wandb_logger, override
 from lightning_tricks.diagnostics._pictures import show_picture
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from lightning_tricks._core.exhibits import Goal, Table, WeightFiles
 
@@ -66,6 +66,12 @@ class Tracker:
 
     def table(self, key: str, table: Table, step: int) -> None:
         """Take a table."""
+
+    def figure(self, key: str, draw: Callable[[Path], None], path: Path, step: int) -> None:
+        """Take a figure; it is drawn now, unless another logger has taken it before."""
+        if not path.exists():
+            draw(path)
+        self.picture(key, path, step)
 
     def picture(self, key: str, path: Path, step: int) -> None:
         """Take a PNG, which is there for the length of the call."""

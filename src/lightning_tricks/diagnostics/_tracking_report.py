@@ -185,7 +185,7 @@ class TrackingReport(Trick):
             return
         with TemporaryDirectory() as folder:
             for index, (key, draw) in enumerate(figures.items()):
-                self._to_each(partial(_hand_over, key, draw, Path(folder, f"{index}.png"), step))
+                self._to_each(methodcaller("figure", key, draw, Path(folder, f"{index}.png"), step))
 
     def _send(self, kind: str, files: WeightFiles, aliases: Sequence[str], tracker: Tracker) -> None:
         """Send files of weights, unless this callback has sent them as they are to the same run."""
@@ -237,12 +237,6 @@ def _curve(schedule: Schedule, label: str, trainer: Trainer) -> Callable[[Path],
         draw_curves(path, steps=steps, curves={label: [value(step) for step in steps]}, label=label, title=repr(schedule))
 
     return draw
-
-
-def _hand_over(key: str, draw: Callable[[Path], None], path: Path, step: int, tracker: Tracker) -> None:
-    if not path.exists():
-        draw(path)
-    tracker.picture(key, path, step)
 
 
 def _check_goals(goals: Mapping[str, Goal]) -> dict[str, Goal]:
