@@ -222,16 +222,23 @@ class TestWithAFakeRun:
         expected = ("latest", "best") if log_model else ("best", "latest", "raw")
         assert [(name, sorted(aliases)) for name, aliases in logger.experiment.artifacts] == [("model-run1", sorted(expected))]
 
-    @pytest.mark.filterwarnings("ignore:Checkpoint directory")
     @pytest.mark.parametrize(("artifacts", "number"), [("none", 0), ("best", 1), ("all", 3)])
-    def test_a_second_fit_sends_what_is_new(self, artifacts, number, tmp_path):
+    def test_what_was_sent_is_not_sent_again(self, artifacts, number, tmp_path):
         logger = WandbLogger(experiment=FakeRun())
-        callbacks = [lt.TrackingReport(artifacts=artifacts), lt.SnapshotEnsemble(2), ModelCheckpoint(tmp_path / artifacts)]
-        trainer, module = make_trainer(callbacks, logger=logger, max_epochs=2), Net()
-        trainer.fit(module, Loader())
+        report, saver = lt.TrackingReport(artifacts=artifacts), ModelCheckpoint(tmp_path)
+        run = fit([report, lt.SnapshotEnsemble(2), saver], logger=logger, max_epochs=2)
         assert len(logger.experiment.artifacts) == number
-        trainer.fit(module, Loader())  # which has nothing left to do
+        logged = logger.experiment.calls.count("log")
+        report.on_exception(run.trainer, run.module, RuntimeError())  # as of a callback that fails after the fit
+        assert logger.experiment.calls.count("log") == logged
+        report.on_train_start(run.trainer, run.module)
+        report.on_fit_end(run.trainer, run.module)
+        assert logger.experiment.calls.count("log") > logged
         assert len(logger.experiment.artifacts) == number
+        Path(saver.best_model_path).write_bytes(Path(saver.best_model_path).read_bytes())  # another one of this name
+        report.on_train_start(run.trainer, run.module)
+        report.on_fit_end(run.trainer, run.module)
+        assert len(logger.experiment.artifacts) == number + (artifacts != "none")
 
     def test_a_resumed_run_says_of_which_other_run_it_is_the_continuation(self, tmp_path):
         first, same, other = (WandbLogger(experiment=FakeRun(name)) for name in ("run1", "run1", "run2"))
