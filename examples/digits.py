@@ -141,7 +141,7 @@ def train(name: str, options: argparse.Namespace, callbacks: list[Callback]) -> 
         max_epochs=options.epochs,
         devices=1,
         logger=logger,
-        callbacks=callbacks,
+        callbacks=[lt.TrackingReport(goals={"val_acc": "max", "val_loss": "min"}), *callbacks],
         log_every_n_steps=10,
         val_check_interval=0.5,
         enable_checkpointing=False,

@@ -16,6 +16,7 @@ from lightning_tricks.data._mix_up import MixUp
 from lightning_tricks.data._target_standardization import TargetStandardization
 from lightning_tricks.diagnostics._fit_diagnosis import FitDiagnosis
 from lightning_tricks.diagnostics._gradient_flow import GradientFlow
+from lightning_tricks.diagnostics._tracking_report import TrackingReport
 from lightning_tricks.ensembling._checkpoint_ensemble import CheckpointEnsemble
 from lightning_tricks.ensembling._fast_geometric_ensemble import FastGeometricEnsemble
 from lightning_tricks.ensembling._snapshot_ensemble import SnapshotEnsemble
@@ -67,6 +68,7 @@ __all__ = [
     "SnapshotEnsemble",
     "StochasticDepth",
     "TargetStandardization",
+    "TrackingReport",
     "WeightDecay",
     "diagnostics",
     "errors",

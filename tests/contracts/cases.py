@@ -899,4 +899,21 @@ CASES = [
             "remove": "a callback that changes no module has nothing to remove",
         },
     ),
+    Case(
+        lt.TrackingReport,
+        acting={"goals": {"val_loss": "min"}, "artifacts": "all"},
+        neutral={},
+        wrong=(
+            (
+                {"goals": ["val_loss"]},
+                "`goals` must map names of metrics to what stands for the run, such as {'val_acc': 'max'}, got [",
+            ),
+            ({"goals": {"": "min"}}, "got {'': 'min'}"),
+            ({"goals": {"val_loss": "least"}}, "`goals['val_loss']` must be one of 'min', 'max', 'mean', 'first', 'last', got 'least'"),
+            ({"figures": 1}, "`figures` must be one of True, False, got 1"),
+            ({"artifacts": "latest"}, "`artifacts` must be one of 'none', 'best', 'all', got 'latest'"),
+            ({"name": "two words"}, "`name` must be a word"),
+        ),
+        skips={key: reason for key, reason in WATCHING_SKIPS.items() if key != "deepspeed"},
+    ),
 ]

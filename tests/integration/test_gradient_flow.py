@@ -275,7 +275,7 @@ def test_the_heat_map_is_written_when_the_fit_ends_in_whatever_way(fails, tmp_pa
         assert fails
     path = tmp_path / "lightning_logs" / "version_0" / "gradient_flow_slow.png"
     assert path.read_bytes().startswith(b"\x89PNG")
-    assert logger.pictures == ("gradient_flow_slow/update_ratio", [str(path)])
+    assert logger.pictures == ("gradient_flow_slow/update_ratio_heat_map", [str(path)])
     assert flow.steps == ([1, 3, 6] if fails else [1, 3, 6, 9, 12, 15])
 
 

@@ -349,3 +349,7 @@ plan: lt.FineTuning = functional.transfer_plan(100, "different", much=500, num_c
 table = lt.search.search("search.yaml", folder=Path("runs/search"), storage="redis://host", launcher="ray", workers=2, progress=False)
 table = lt.search.load(Path("runs/search"), storage="journal.log")
 round_numbers: list[float] = lt.search.log_grid(0.001, 0.01, 3)
+
+lt.TrackingReport(goals={"val_acc": "max", "val_loss": "min"}, figures=False, artifacts="best", name="slow")
+lt.TrackingReport(goals={"val_acc": "most"})  # type: ignore[dict-item]
+lt.TrackingReport(artifacts=True)  # type: ignore[arg-type]

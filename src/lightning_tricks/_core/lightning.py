@@ -45,7 +45,9 @@ __all__ = [
     "is_pruning_callback",
     "is_rate_finder",
     "is_trainer",
+    "is_wandb_logger",
     "isolate_rng",
+    "logged_hyperparameters",
     "logs_now",
     "make_callbacks",
     "overridden",
@@ -164,6 +166,18 @@ def is_data_module(value: object) -> bool:
 def is_trainer(value: object) -> bool:
     """Tell whether something is a Trainer, of whichever Lightning."""
     return isinstance(value, tuple(lightning.Trainer for lightning in _LIGHTNINGS))
+
+
+def is_wandb_logger(value: object) -> bool:
+    """Tell whether something is a Lightning's logger for W&B, which alone imports W&B."""
+    return isinstance(value, tuple(lightning.loggers.WandbLogger for lightning in _LIGHTNINGS))
+
+
+def logged_hyperparameters(trainer: Trainer) -> dict[str, Any]:
+    """Return the hyperparameters of module and datamodule that Lightning hands to loggers when a run begins."""
+    owners: list[Any] = [owner for owner in (trainer.lightning_module, trainer.datamodule) if owner is not None]  # type: ignore[attr-defined]
+    initial = [owner.hparams_initial for owner in owners if owner._log_hyperparams]
+    return {key: value for each in initial for key, value in each.items() if key != "_class_path"}  # which LightningCLI adds
 
 
 def trainer_class(module: object) -> type[Trainer]:

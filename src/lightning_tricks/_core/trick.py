@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_tricks._core.checks import check_name
 from lightning_tricks._core.conflicts import check_conflicts
+from lightning_tricks._core.exhibits import Exhibits
 from lightning_tricks._core.lightning import Callback, LightningModule, Trainer, callbacks_of, override
 
 if TYPE_CHECKING:
@@ -73,6 +74,10 @@ class Trick(Callback, ABC):
         """First part of the trick's log keys: ``ema`` for EMA(), ``ema_slow`` for EMA(name='slow')."""
         words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", type(self).__name__).lower()
         return words if self.name is None else f"{words}_{self.name}"
+
+    def _exhibits(self) -> Exhibits:
+        """Return what there is to show of this trick by now, beside its arguments and what it logs."""
+        return Exhibits()
 
     @property
     @override

@@ -10,6 +10,7 @@ from lightning_tricks._core.checkpoint import read_entry, write_entry
 from lightning_tricks._core.checks import check_choice, check_device, check_patterns, check_precise_dtype
 from lightning_tricks._core.clock import after_each_engine_step, after_each_step, plain_duration
 from lightning_tricks._core.evaluation import validate_aside
+from lightning_tricks._core.exhibits import Exhibits
 from lightning_tricks._core.lightning import (
     STEP_OUTPUT,
     LightningModule,
@@ -29,7 +30,7 @@ from lightning_tricks._core.swapping import SwappingTrick
 from lightning_tricks.averaging._averages import Averages
 from lightning_tricks.averaging._cadence import Cadence
 from lightning_tricks.averaging._records import pack, unpack, unpack_absent
-from lightning_tricks.averaging._roster import Roster, list_places
+from lightning_tricks.averaging._roster import Roster, list_places, some
 from lightning_tricks.averaging._tracks import Storage, Track
 from lightning_tricks.errors import NothingMatchedError, TrickError
 
@@ -116,6 +117,11 @@ class WeightAverage(SwappingTrick):
             raise TrickError(msg)
         return self._averages
 
+    @override
+    def _exhibits(self) -> Exhibits:
+        averaged = self.evaluation_owner and self._averages is not None and self._averages.begun
+        return Exhibits(asides=("raw",) if self.evaluate == "both" else (), weights="averaged" if averaged else None)
+
     @property
     @override
     def evaluation_owner(self) -> bool:
@@ -198,9 +204,9 @@ class WeightAverage(SwappingTrick):
         self._resolve(trainer)
         lost, joined = self._enroll(trainer, pl_module)
         if lost:
-            rank_zero_warn(f"{self!r} no longer selects {_some(lost)}; their averages are dropped.")
+            rank_zero_warn(f"{self!r} no longer selects {some(lost)}; their averages are dropped.")
         if joined:
-            rank_zero_warn(f"{self!r} had no average of {_some(joined)}; it starts from the present weights.")
+            rank_zero_warn(f"{self!r} had no average of {some(joined)}; it starts from the present weights.")
 
     def _enroll(self, trainer: Trainer, module: LightningModule) -> tuple[list[str], list[str]]:
         """Follow what is to be averaged now, and the optimizers that there are now."""
@@ -391,7 +397,3 @@ class WeightAverage(SwappingTrick):
     def _acts_on(self, trainer: Trainer) -> bool:
         """Tell whether a Trainer, which may have gone on without this callback after an exception, trains the model averaged here."""
         return self in callbacks_of(trainer) and self._averages is not None and self._averages.module is trainer.lightning_module
-
-
-def _some(names: list[str]) -> str:
-    return f"{names[0]!r}" if len(names) == 1 else f"{names[0]!r} and {len(names) - 1} more"

@@ -22,6 +22,7 @@ from torch import Tensor
 from lightning_tricks._core.checkpoint import read_entry
 from lightning_tricks._core.checks import check_path
 from lightning_tricks._core.clock import Duration, plain_duration
+from lightning_tricks._core.exhibits import Exhibits, Table
 from lightning_tricks._core.lightning import STEP_OUTPUT, LightningModule, Trainer, override
 from lightning_tricks._core.shards import Runs
 from lightning_tricks._core.strategies import as_sharded, cut, named_tensors, own_part
@@ -211,6 +212,11 @@ class PostHocEMA(WeightAverage):
             self._take_snapshot(trainer, step)
             self._closing = step
         super()._settle(trainer, module)
+
+    @override
+    def _exhibits(self) -> Exhibits:
+        rows = tuple((step, path.name) for step, path in sorted(self._snapshots.items()))
+        return replace(super()._exhibits(), tables={"snapshot_table": Table(("step", "folder"), rows)} if rows else {})
 
     def _step(self) -> int:
         return next((track.age for track in self._seen().tracks if track.started), 0)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
-__all__ = ["Roster", "list_places", "place_of"]
+__all__ = ["Roster", "list_places", "place_of", "some"]
 
 
 def place_of(module: nn.Module, name: str, tensor: Tensor | Shards, buffers: Literal["average", "keep"]) -> Place:
@@ -149,6 +149,11 @@ def _once_per_memory(parameters: Mapping[str, nn.Parameter]) -> list[str]:
             )
             raise TrickError(msg)
     return names
+
+
+def some(names: Sequence[str]) -> str:
+    """Return the first of some names, and how many there are beside it."""
+    return f"{names[0]!r}" if len(names) == 1 else f"{names[0]!r} and {len(names) - 1} more"
 
 
 def _ready(place: Place) -> bool:

@@ -9,7 +9,8 @@ Source: I. Goodfellow, Y. Bengio and A. Courville, "Deep Learning", MIT Press, 2
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
@@ -17,15 +18,22 @@ from torch import Tensor
 from lightning_tricks._core.checkpoint import read_entry, write_entry
 from lightning_tricks._core.checks import check_count, check_in_interval
 from lightning_tricks._core.evaluation import untouched_metrics
+from lightning_tricks._core.exhibits import Exhibits
 from lightning_tricks._core.lightning import STEP_OUTPUT, LightningModule, Trainer, override, rank_zero_info
 from lightning_tricks._core.loaders import move_batch, training_pass
 from lightning_tricks._core.strategies import through_wrapper
 from lightning_tricks._core.surgery import Patches
 from lightning_tricks._core.trick import Trick
+from lightning_tricks.diagnostics._curves import draw_curves
 from lightning_tricks.diagnostics._fit_verdict import FitVerdict, diagnose_fit
 from lightning_tricks.errors import ArgumentError, NothingMatchedError, TrickError
 
+if TYPE_CHECKING:
+    from lightning_tricks._core.exhibits import Goal
+
 __all__ = ["FitDiagnosis"]
+
+_GOALS: Final[Mapping[str, Goal]] = {"train_loss": "min", "val_loss": "min"}
 
 
 class FitDiagnosis(Trick):
@@ -108,6 +116,14 @@ class FitDiagnosis(Trick):
         gaps = [val - train for train, val in zip(self._train_losses, self._val_losses, strict=True)]
         steps = list(map(float, self._steps))
         return {"step": steps, "train_loss": list(self._train_losses), "val_loss": list(self._val_losses), "gap": gaps}
+
+    @override
+    def _exhibits(self) -> Exhibits:
+        if not self._steps:
+            return Exhibits(goals=_GOALS)
+        verdict, curves = self.diagnosis, self.curves
+        draw = partial(draw_curves, steps=curves["step"], curves={name: curves[name] for name in _GOALS}, label="loss", title=verdict.kind)
+        return Exhibits(goals=_GOALS, facts={"verdict": verdict.kind, "reason": verdict.reason}, figures={"loss_curves": draw})
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -13,13 +13,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from torch import Tensor, nn
 
 from lightning_tricks._core.checkpoint import read_entry, write_entry
 from lightning_tricks._core.checks import check_bool, check_choice, check_in_interval, check_patterns
 from lightning_tricks._core.clock import Duration, after_each_step, plain_duration
+from lightning_tricks._core.exhibits import Exhibits
 from lightning_tricks._core.lightning import (
     STEP_OUTPUT,
     LightningModule,
@@ -41,11 +42,12 @@ from lightning_tricks.diagnostics._flow_history import QUANTITIES, FlowHistory, 
 from lightning_tricks.diagnostics._flow_record import layer_of, layers_of, rows_of, shown, sizes_of, summary_of
 from lightning_tricks.diagnostics._flow_verdict import FlowJudge, Limits
 from lightning_tricks.diagnostics._heat_map import draw_heat_map, need_matplotlib
+from lightning_tricks.diagnostics._pictures import show_picture
 from lightning_tricks.diagnostics._step_norms import StepNorms
 from lightning_tricks.errors import NothingMatchedError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection
 
     from torch.optim import Optimizer
     from torch.utils.hooks import RemovableHandle
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
 
 __all__ = ["GradientFlow"]
 
+_SHOWN: Final[tuple[Quantity, ...]] = ("grad_norm", "update_ratio")
 _UNSUPPORTED = {"DeepSpeedStrategy": "the engine keeps its own copies of weights and gradients and updates them by itself"}
 
 
@@ -318,8 +321,17 @@ class GradientFlow(Trick):
             return
         draw_heat_map(table, self.layers, self.steps, self.heat_map, path)
         for logger in trainer.loggers:
-            if hasattr(logger, "log_image"):  # W&B's, and others that follow it
-                logger.log_image(f"{self.log_prefix}/{self.heat_map}", [str(path)])
+            show_picture(logger, f"{self.log_prefix}/{self.heat_map}_heat_map", path, trainer.global_step)
+
+    @override
+    def _exhibits(self) -> Exhibits:
+        tables = {quantity: self.table(quantity) for quantity in _SHOWN if quantity != self.heat_map}  # which is shown without being asked
+        figures: dict[str, Callable[[Path], None]] = {
+            f"{quantity}_heat_map": partial(draw_heat_map, table, self.layers, self.steps, quantity)
+            for quantity, table in tables.items()
+            if not table.isnan().all()
+        }
+        return Exhibits(goals={"grad_norm": "max", "dead_max": "max", "saturated_max": "max"}, figures=figures)
 
     # Checkpoints
 

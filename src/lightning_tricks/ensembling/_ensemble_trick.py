@@ -35,6 +35,7 @@ from lightning_tricks.ensembling._arguments import check_batches, check_target
 from lightning_tricks.ensembling._combining import Combine, Output, Uncertainty, check_combination
 from lightning_tricks.ensembling._ensemble import Ensemble
 from lightning_tricks.ensembling._evaluating import Combination, Evaluation
+from lightning_tricks.ensembling._exhibits import exhibits_of
 from lightning_tricks.ensembling._store import MemberStore, members_folder
 from lightning_tricks.errors import NothingMatchedError, TrickError
 
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from lightning_tricks._core.exhibits import Exhibits
     from lightning_tricks.ensembling._store import Facts, Member
 
 __all__ = ["EnsembleTrick"]
@@ -155,6 +157,10 @@ class EnsembleTrick(SwappingTrick):
     @property
     def _members(self) -> list[Member]:
         return [] if self._store is None else self._store.members
+
+    @override
+    def _exhibits(self) -> Exhibits:
+        return exhibits_of(self._members, [f"member_{i}" for i in range(self.members)] if self.evaluate == "members" else [])
 
     # Before a fit
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lightning_tricks._core.checkpoint import read_entry, write_entry
 from lightning_tricks._core.checks import check_choice, check_in_interval, check_patterns
+from lightning_tricks._core.exhibits import Exhibits, Table
 from lightning_tricks._core.lightning import LightningModule, Trainer, defines, override
 from lightning_tricks._core.loaders import evaluate_batch, training_pass, untouched, validation_pass
 from lightning_tricks._core.selection import select_modules
@@ -265,6 +266,11 @@ class LinearProbe(Trick):
         quantities = {f"{self.log_prefix}/{stage}/accuracy": accuracy for stage, accuracy in self.report.accuracies.items()}
         for logger in trainer.loggers:
             logger.log_metrics(quantities, step=trainer.global_step)
+
+    @override
+    def _exhibits(self) -> Exhibits:
+        rows = tuple(self.report.accuracies.items()) if self.report else ()
+        return Exhibits(goals={"*": "max"}, tables={"stage_table": Table(("stage", "accuracy"), rows)} if rows else {})
 
     # Checkpoints
 
