@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from itertools import combinations
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 
 import lightning_tricks as lt
 from contracts.cases import CASES
-from contracts.harness import launch
+from contracts.harness import PoolNet, fit, launch
 from lightning_tricks import errors
 from lightning_tricks._core.conflicts import check_conflicts
 
@@ -47,6 +49,33 @@ def test_tricks_exclude_each_other_as_the_guide_says():
 def test_every_trick_acts_on_something_in_the_guide():
     named = [name for _, names in rows_of("composing.md", "acts on") for name in re.findall(r"\[(\w+)\]", names)]
     assert sorted(named) == sorted(case.trick.__name__ for case in CASES)
+
+
+# Tracking
+
+
+@pytest.mark.filterwarnings("ignore:.*was stopped after", "ignore:Starting from v1.9", "ignore:Experiment logs directory")
+def test_keys_of_logs_are_those_of_the_guide(tmp_path):
+    said = {re.match(r"\[(\w+)\]", name)[1]: set(re.findall(r"`(\w+/\w+)`", keys)) for name, keys, _ in rows_of("tracking.md", "trick")}
+    assert said.keys() == {case.trick.__name__ for case in CASES}
+    logged = set()
+    apart = (lt.BatchNormFreeze, lt.FastGeometricEnsemble)  # which hold what BatchNormRefresh and SnapshotEnsemble change
+    for cases in ([case for case in CASES if case.trick not in apart], [case for case in CASES if case.trick in apart]):
+        tricks = []
+        for case in cases:
+            parameters = inspect.signature(case.trick).parameters
+            changes = {"evaluate": False} if "evaluate" in parameters and case.trick is not lt.SnapshotEnsemble else {}
+            changes |= {"schedule": None} if case.trick is lt.OptimizerFactory else {}
+            tricks.append(case.make(**changes))
+        logger = CSVLogger(tmp_path)
+        fit(tricks, PoolNet, logger=logger, log_every_n_steps=1)
+        logged |= set((Path(logger.log_dir) / "metrics.csv").read_text().partition("\n")[0].split(","))
+    for trick, keys in said.items():
+        assert keys <= logged, (trick, keys - logged)
+    prefixes = {key.partition("/")[0]: keys for keys in said.values() for key in keys}
+    loose = ("gradient_flow", "loss_spike_guard", "snapshot_ensemble", "linear_probe")  # whose row tells of others in words
+    unsaid = {key for key in logged for prefix in [key.partition("/")[0]] if prefix in prefixes and prefix not in loose} - set().union(*said.values())
+    assert not unsaid
 
 
 # Distributed training
