@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
+import sys
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -12,8 +15,9 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 
 import lightning_tricks as lt
+from contracts import test_promises as promises
 from contracts.cases import CASES
-from contracts.harness import PoolNet, fit, launch
+from contracts.harness import PoolNet, assert_equal, fit, launch
 from lightning_tricks import errors
 from lightning_tricks._core.conflicts import check_conflicts
 
@@ -59,7 +63,8 @@ def test_keys_of_logs_are_those_of_the_guide(tmp_path):
     said = {re.match(r"\[(\w+)\]", name)[1]: set(re.findall(r"`(\w+/\w+)`", keys)) for name, keys, _ in rows_of("tracking.md", "trick")}
     assert said.keys() == {case.trick.__name__ for case in CASES}
     logged = set()
-    apart = (lt.BatchNormFreeze, lt.FastGeometricEnsemble)  # which hold what BatchNormRefresh and SnapshotEnsemble change
+    # Which hold what BatchNormRefresh and SnapshotEnsemble change, and leave no ReLU to GradientFlow.
+    apart = (lt.BatchNormFreeze, lt.FastGeometricEnsemble, lt.ActivationSwap)
     for cases in ([case for case in CASES if case.trick not in apart], [case for case in CASES if case.trick in apart]):
         tricks = []
         for case in cases:
@@ -108,3 +113,66 @@ def test_the_script_runs_sharded(ranks):
     assert whole.keys() == sharded.keys()
     for name, value in whole.items():
         torch.testing.assert_close(sharded[name], value)
+
+
+# Writing a trick
+
+
+@pytest.fixture
+def case(monkeypatch):
+    """Return the row of the guide's own trick."""
+    monkeypatch.syspath_prepend(GUIDES / "code")
+    yield importlib.import_module("row_of_max_norm").CASE
+    for name in ("max_norm", "row_of_max_norm"):
+        sys.modules.pop(name, None)
+
+
+def test_the_limit_is_that_of_the_formula(case):
+    limit_norms_ = sys.modules["max_norm"].limit_norms_
+    weight = torch.randn(6, 2, 3)
+    limited = weight.clone()
+    count = limit_norms_(limited, 2.0)
+    for row, found in zip(weight, limited, strict=True):
+        norm = row.square().sum().sqrt()
+        torch.testing.assert_close(found, row if norm <= 2.0 else row * 2.0 / norm)
+    assert count.item() == sum(row.norm().item() > 2.0 for row in weight)
+
+
+PROMISES = [
+    promises.test_keys_and_types_are_those_of_the_plain_model,
+    promises.test_neutral_arguments_change_nothing,
+    promises.test_acting_arguments_change_something,
+    partial(promises.test_resuming_equals_never_stopping, step=8),
+    promises.test_lightning_warns_when_a_run_is_resumed_without_the_trick,
+    promises.test_a_checkpoint_made_without_the_trick_can_be_resumed_with_it,
+    promises.test_two_of_a_kind_without_names_are_refused,
+    promises.test_accumulated_gradients_equal_fewer_larger_steps,
+    partial(promises.test_runs_in_every_precision, precision="bf16-true"),
+    promises.test_setting_up_again_does_nothing_more,
+    promises.test_methods_replaced_for_a_fit_are_back_afterwards,
+    promises.test_logs_under_its_own_name_to_every_logger_and_prints_nothing,
+    promises.test_arguments_after_the_first_are_keyword_only,
+]
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: getattr(promise, "func", promise).__name__.removeprefix("test_"))
+def test_the_guides_trick_keeps_the_promises(promise, case, tmp_path, capsys):
+    found = {"case": case, "plain": promises.plain_run(case.model), "tmp_path": tmp_path, "capsys": capsys}
+    wanted = inspect.signature(promise).parameters
+    promise(**{name: value for name, value in found.items() if name in wanted})
+
+
+def test_the_guides_trick_refuses_what_its_row_says(case):
+    for arguments, words in case.wrong:
+        promises.test_wrong_arguments_fail_in_the_constructor(case, arguments, words)
+    for arguments, words in case.nothing_matched:
+        promises.test_nothing_matched_fails_in_setup(case, arguments, words)
+
+
+@pytest.mark.parametrize("names", [("first", "second"), ("second", "first")])
+def test_the_guides_trick_goes_with_averages_in_any_order_and_not_with_itself(case, names):
+    one, other = case.make(name=names[0]), case.make(name=names[1])
+    with pytest.raises(errors.TrickConflictError, match="both limit 'body.0.weight'"):
+        fit([one, other], case.model)
+    assert_equal(*(fit(tricks, case.model).module.state_dict() for tricks in ([case.make(), lt.EMA(0.5)], [lt.EMA(0.5), case.make()])))
