@@ -63,8 +63,8 @@ def test_keys_of_logs_are_those_of_the_guide(tmp_path):
     said = {re.match(r"\[(\w+)\]", name)[1]: set(re.findall(r"`(\w+/\w+)`", keys)) for name, keys, _ in rows_of("tracking.md", "trick")}
     assert said.keys() == {case.trick.__name__ for case in CASES}
     logged = set()
-    # Which hold what BatchNormRefresh and SnapshotEnsemble change, and leave no ReLU to GradientFlow.
-    apart = (lt.BatchNormFreeze, lt.FastGeometricEnsemble, lt.ActivationSwap)
+    # Which hold or freeze what BatchNormRefresh and SnapshotEnsemble change, and leave no ReLU to GradientFlow.
+    apart = (lt.BatchNormFreeze, lt.FineTuning, lt.FastGeometricEnsemble, lt.ActivationSwap)
     for cases in ([case for case in CASES if case.trick not in apart], [case for case in CASES if case.trick in apart]):
         tricks = []
         for case in cases:
