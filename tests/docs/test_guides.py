@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import CSVLogger
 import lightning_tricks as lt
 from contracts import test_promises as promises
 from contracts.cases import CASES
-from contracts.harness import PoolNet, assert_equal, fit, launch
+from contracts.harness import Net, PoolNet, assert_equal, fit, launch
 from lightning_tricks import errors
 from lightning_tricks._core.conflicts import check_conflicts
 
@@ -55,6 +55,75 @@ def test_every_trick_acts_on_something_in_the_guide():
     assert sorted(named) == sorted(case.trick.__name__ for case in CASES)
 
 
+# Configuring
+
+
+@pytest.mark.full
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("callback", "words"),
+    [
+        ("class_path: lightning_tricks.EMAA", "module 'lightning_tricks' has no attribute 'EMAA'"),
+        ("{class_path: lightning_tricks.EMA, init_args: {halflife: 5 steps}}", "Option 'halflife' is not accepted"),
+        ("{class_path: lightning_tricks.EMA, half_life: 5 steps}", "Option 'class_path' is not accepted"),
+        ("class_path: lightning_tricks.StochasticDepth", "the following arguments are required: rate"),
+        ("{class_path: lightning_tricks.EMA, init_args: {decay: 1.5}}", "`decay` must lie in [0, 1], got 1.5."),
+        (
+            "{class_path: lightning_tricks.OptimizerFactory, init_args: {recipe: {lr: 0.001}}}",
+            "Expected an instantiatable class",
+        ),
+        ("{class_path: lightning_tricks.BatchNormRefresh, init_args: {on: validation}}", "Key must be a string, got: True."),
+        ("{class_path: lightning_tricks.EMA, init_args: {where: *.bias}}", "while scanning an alias"),
+    ],
+)
+def test_mistakes_have_the_errors_of_the_guide(callback, words, tmp_path, capsys):
+    from lightning.pytorch.cli import LightningCLI
+
+    assert words in "".join(error for _, error in rows_of("configuration.md", "mistake"))
+    path = tmp_path / "run.yaml"
+    path.write_text(f"trainer:\n  callbacks:\n    - {callback}\n")
+    with pytest.raises((SystemExit, ValueError)) as raised:
+        LightningCLI(Net, run=False, save_config_callback=None, args=["--config", str(path)])
+    assert words in f"{raised.value}{capsys.readouterr().err}"
+
+
+@pytest.mark.full
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def test_the_callbacks_of_a_second_file_replace_those_of_the_first(tmp_path):
+    from lightning.pytorch.cli import LightningCLI
+
+    for name in ("EMA", "PolyakAveraging"):
+        (tmp_path / f"{name}.yaml").write_text(f"trainer:\n  callbacks:\n    - class_path: lightning_tricks.{name}\n")
+    arguments = ["--config", str(tmp_path / "EMA.yaml"), "--config", str(tmp_path / "PolyakAveraging.yaml")]
+    callbacks = LightningCLI(Net, run=False, save_config_callback=None, args=arguments).trainer.callbacks
+    assert [type(each) for each in callbacks if type(each).__module__.startswith("lightning_tricks")] == [lt.PolyakAveraging]
+
+
+# Checkpoints
+
+
+def export(model, x):
+    return torch.export.export(model, (x,), strict=False).module()
+
+
+def trace(model, x):
+    return model.to_torchscript(method="trace", example_inputs=x)
+
+
+@pytest.mark.filterwarnings("ignore:.*(TorchScript|torch.jit|to_torchscript|Converting a tensor|legacy)")
+@pytest.mark.parametrize("way", [export, trace])
+def test_models_are_exported_after_tricks_that_leave_something_in_them(way):
+    kept = {"keys", "types"}
+    tricks = [case.make() for case in CASES if kept & case.skips.keys() and case.trick is not lt.NormSwap]
+    model = fit([*tricks, lt.NormSwap("layer", "rms"), lt.EMA(0.5)], PoolNet, max_epochs=1).module.eval()
+    x = torch.randn(4, 1, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(way(model, x)(x), model(x))
+    if way is trace:
+        with pytest.raises((RuntimeError, AttributeError)):
+            model.to_torchscript(method="script")
+
+
 # Tracking
 
 
@@ -79,7 +148,9 @@ def test_keys_of_logs_are_those_of_the_guide(tmp_path):
         assert keys <= logged, (trick, keys - logged)
     prefixes = {key.partition("/")[0]: keys for keys in said.values() for key in keys}
     loose = ("gradient_flow", "loss_spike_guard", "snapshot_ensemble", "linear_probe")  # whose row tells of others in words
-    unsaid = {key for key in logged for prefix in [key.partition("/")[0]] if prefix in prefixes and prefix not in loose} - set().union(*said.values())
+    unsaid = {key for key in logged for prefix in [key.partition("/")[0]] if prefix in prefixes and prefix not in loose} - set().union(
+        *said.values()
+    )
     assert not unsaid
 
 
@@ -173,6 +244,6 @@ def test_the_guides_trick_refuses_what_its_row_says(case):
 @pytest.mark.parametrize("names", [("first", "second"), ("second", "first")])
 def test_the_guides_trick_goes_with_averages_in_any_order_and_not_with_itself(case, names):
     one, other = case.make(name=names[0]), case.make(name=names[1])
-    with pytest.raises(errors.TrickConflictError, match="both limit 'body.0.weight'"):
+    with pytest.raises(errors.TrickConflictError, match=r"both limit 'body\.0\.weight'"):
         fit([one, other], case.model)
     assert_equal(*(fit(tricks, case.model).module.state_dict() for tricks in ([case.make(), lt.EMA(0.5)], [lt.EMA(0.5), case.make()])))

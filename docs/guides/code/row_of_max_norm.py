@@ -1,7 +1,8 @@
 """The row of the contract suite for MaxNorm."""
 
-from contracts.cases import AVERAGING_NOTHING_MATCHED, Case
 from max_norm import MaxNorm
+
+from contracts.cases import AVERAGING_NOTHING_MATCHED, Case
 
 CASE = Case(
     MaxNorm,
