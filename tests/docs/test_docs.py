@@ -12,7 +12,9 @@ import subprocess
 import sys
 import tomllib
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
+from textwrap import indent
 
 import pytest
 import torch
@@ -40,6 +42,8 @@ HEADINGS = [
 HOMES = (lt, lt.functional, lt.metrics, lt.nn, lt.optim, lt.errors, lt.schedules, lt.transforms, lt.search)
 PUBLIC = {f"{home.__name__}.{name}": getattr(home, name) for home in HOMES for name in home.__all__}
 CALLBACKS = {name: value for name, value in PUBLIC.items() if inspect.isclass(value) and issubclass(value, Trick)}
+CODE = DOCS / "guides/code"  # of which pages show whole files
+OPTIONAL = ("ema_pytorch", "hydra", "jsonargparse", "lightning.pytorch.cli", "timm", "wandb")
 EXEMPT = (Exception,)  # an error's example is where it is raised
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 MODULES = ["lightning_tricks", *sorted(module.name for module in pkgutil.walk_packages(lt.__path__, "lightning_tricks."))]
@@ -158,10 +162,20 @@ def loader() -> DataLoader:
     return DataLoader(TensorDataset(torch.randn(32, 16), torch.randint(4, (32,))), batch_size=16)
 
 
+def with_marks(page: Path):
+    """Mark the pages whose code needs more than the package's own dependencies."""
+    optional = re.search(rf"^\s*(from|import) ({'|'.join(OPTIONAL)})\b", "".join(blocks_of(page.read_text(), "python")), flags=re.MULTILINE)
+    return pytest.param(page, marks=pytest.mark.full if optional else ())
+
+
 @LIGHTNINGS_ADVICE
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page.read_text(), "python")], ids=relative)
+@pytest.mark.parametrize("page", [with_marks(page) for page in PAGES if blocks_of(page.read_text(), "python")], ids=relative)
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(CODE)
+    for block in blocks_of(page.read_text(), "yaml"):
+        if name := re.match(r"# (\w+\.yaml)$", block, flags=re.MULTILINE):  # a file that the page's code reads
+            Path(name[1]).write_text(block)
     torch.manual_seed(0)
     namespace = {"model": Classifier(), **{f"{stage}_loader": loader() for stage in ("train", "val", "test")}}
     for block in blocks_of(page.read_text(), "python"):
@@ -176,9 +190,22 @@ def test_yaml_blocks_configure_a_run(page, tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     for block in blocks_of(page.read_text(), "yaml"):
-        Path("config.yaml").write_text(block)
+        if "_target_:" in block:
+            check_hydra(block)
+            continue
+        Path("config.yaml").write_text(block if re.search("^trainer:", block, flags=re.MULTILINE) else f"trainer:\n{indent(block, '  ')}")
         cli = LightningCLI(Classifier, run=False, save_config_callback=None, args=["--config", "config.yaml"])
         assert any(isinstance(callback, Trick) for callback in cli.trainer.callbacks) or cli.model.recipe is not None
+
+
+def check_hydra(block: str) -> None:
+    """Check that Hydra makes tricks of a list or a mapping of callbacks."""
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    made = instantiate(OmegaConf.create(block)).callbacks
+    assert made
+    assert all(isinstance(callback, Trick) for callback in (made.values() if isinstance(made, Mapping) else made))
 
 
 def test_relative_links_lead_somewhere():
