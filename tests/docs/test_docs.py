@@ -117,13 +117,6 @@ def test_card_explains_every_argument(callback):
     assert explained == list(inspect.signature(callback).parameters)
 
 
-@pytest.mark.parametrize("callback", CALLBACKS.values(), ids=CALLBACKS)
-def test_callback_is_in_both_tables(callback):
-    card = card_of(callback).name
-    assert re.search(rf"^\| `{callback.__name__}` \|.*\(docs/tricks/{card}\)", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
-    assert re.search(rf"^\| \[{callback.__name__}\]\({card}\) \|", (DOCS / "tricks/index.md").read_text(), flags=re.MULTILINE)
-
-
 # Every page
 
 
@@ -216,15 +209,36 @@ def test_install_page_agrees_with_the_project():
     assert set(re.findall(r"^\| `(\w+)` \|", sections["Extras"], flags=re.MULTILINE)) == PROJECT["optional-dependencies"].keys()
 
 
-@pytest.mark.full
-def test_pages_build_and_the_index_has_every_public_name(tmp_path):
-    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "-d", tmp_path / "trees", DOCS, tmp_path / "html"]
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pages")
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "-d", folder / "trees", DOCS, folder / "html"]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
-    inventory = zlib.decompress((tmp_path / "html/objects.inv").read_bytes().split(b"\n", 4)[4]).decode()
+    return folder / "html"
+
+
+@pytest.mark.full
+def test_pages_build_and_the_index_has_every_public_name(pages):
+    inventory = zlib.decompress((pages / "objects.inv").read_bytes().split(b"\n", 4)[4]).decode()
     indexed = {line.split()[0] for line in inventory.splitlines()}
     methods = {f"{name}.{key}" for name, value in CALLBACKS.items() for key in public_methods(value)}
     assert {*PUBLIC, *methods} <= indexed
+
+
+@pytest.mark.full
+def test_pages_build_the_overview_and_the_gallery(pages):
+    overview = (pages / "tricks/index.html").read_text()
+    table = re.findall(r'<td><p><a class="reference internal" href="(\w+)\.html">.*?(\w+)(?:</span>)?</a>', overview)
+    assert sorted(table) == sorted((card_of(value).stem, value.__name__) for value in CALLBACKS.values())
+    gallery = (pages / "examples/index.html").read_text()
+    for script in (ROOT / "examples").glob("[!_]*.py"):
+        assert f"examples/{script.name}" in gallery
+        page = (pages / f"examples/{script.stem}.html").read_text()
+        before, source = page.split("Source</h2>")
+        assert "<img" in before
+        assert "of CPU time on one core" in before
+        assert source.count('class="highlight-python') == 1
 
 
 def public_methods(callback: type) -> set[str]:
