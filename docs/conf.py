@@ -75,7 +75,13 @@ def _with_defaults(_app: Sphinx, _what: str, _name: str, value: Any, _options: A
     return signature, returns
 
 
+def _without_lists_of_initials(_app: Sphinx, _what: str, _name: str, _value: Any, _options: Any, lines: list[str]) -> None:
+    """Keep a reference that begins with an initial, such as `L. K. Hansen`, from being read as item L of a list."""
+    lines[:] = [re.sub(r"^(\s*(?:- )?)([A-Z]\. )", r"\1\\\2", line) for line in lines]
+
+
 def setup(app: Sphinx) -> None:
     """Let browsers set the formulas themselves, so that pages need nothing from elsewhere, neither when built nor when read."""
     app.add_html_math_renderer("mathml", (_inline_formula, None), (_displayed_formula, None))
     app.connect("autodoc-process-signature", _with_defaults)
+    app.connect("autodoc-process-docstring", _without_lists_of_initials, priority=900)  # after napoleon
