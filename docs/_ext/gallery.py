@@ -3,7 +3,8 @@
     python docs/_ext/gallery.py digits    # runs examples/digits.py, and records what it prints, how long it takes, and its picture
 
 A page `docs/examples/NAME.md` is a title, a sentence, and the directive `example` with the script's name; the directive `gallery`
-lists the pages.
+lists the pages. Options of `example` are `:alt:`, what the picture shows, and where they differ from the page's name, `:image:`, the
+picture's file, and `:command:`, the whole command.
 """
 
 from __future__ import annotations
@@ -89,6 +90,11 @@ class Example:
 def read_examples() -> list[Example]:
     """Return the pages of the gallery, by title."""
     return sorted((Example.read(path) for path in PAGES.glob("*.md") if path.stem != "index"), key=lambda example: example.title)
+
+
+def read_scripts() -> set[Path]:
+    """Return the scripts of which each must have a page: all but modules that others import."""
+    return {path for path in SCRIPTS.glob("*.py") if '__name__ == "__main__"' in path.read_text(encoding="utf-8")}
 
 
 def record(example: Example) -> None:

@@ -240,13 +240,12 @@ def test_pages_build_the_overview_and_the_gallery(pages):
     table = re.findall(r'<td><p><a class="reference internal" href="(\w+)\.html">.*?(\w+)(?:</span>)?</a>', overview)
     assert sorted(table) == sorted((card_of(value).stem, value.__name__) for value in CALLBACKS.values())
     gallery = (pages / "examples/index.html").read_text()
-    for script in (ROOT / "examples").glob("[!_]*.py"):
-        assert f"examples/{script.name}" in gallery
-        page = (pages / f"examples/{script.stem}.html").read_text()
-        before, source = page.split("Source</h2>")
-        assert "<img" in before
+    for example in (DOCS / "examples").glob("*.txt"):
+        assert f'href="{example.stem}.html"' in gallery
+        before, source = (pages / f"examples/{example.stem}.html").read_text().split("Source</h2>")
         assert "of CPU time on one core" in before
-        assert source.count('class="highlight-python') == 1
+        assert before.count('<img alt="') == 1
+        assert "def main" in re.sub("<[^>]+>", "", source)
 
 
 def public_methods(callback: type) -> set[str]:
