@@ -96,7 +96,9 @@ class GAN(LightningModule):
     @override
     def training_step(self, batch: Sequence[Tensor]) -> None:
         real, noise = batch[0], self.noise(len(batch[0]), seed=self.global_step * self.trainer.world_size + self.global_rank)
-        first, second = self.optimizers()
+        optimizers = self.optimizers()
+        assert isinstance(optimizers, list)
+        first, second = optimizers
         drawn = self.generator(noise)
         scores, fakes = self.discriminator(torch.cat([real, drawn.detach()])).chunk(2)
         second.zero_grad()

@@ -186,8 +186,10 @@ def main() -> None:
         lt.EMA(half_life="5%", warmup="10%", evaluate="both"),
         history,
     ]
-    loaders = [windows(train, characters, share(options, 16), shuffle=True), windows(test, characters, 64, shuffle=False)]
-    make_trainer(options, callbacks, epochs=options.epochs, validate_every=1 / 3).fit(model, *loaders)
+    reading = windows(train, characters, share(options, 16), shuffle=True)
+    make_trainer(options, callbacks, epochs=options.epochs, validate_every=1 / 3).fit(
+        model, reading, windows(test, characters, 64, shuffle=False)
+    )
     known = baselines(train, test)
     found = {**known, "transformer, raw weights": history.raw[-1], "transformer, averaged weights": history.averaged[-1]}
     plot(history, known["LZMA"], options.output / "language_model.png")
