@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 
 import pytest
 
-from contracts.harness import Worker
+from contracts.harness import Worker, launch
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+STRATEGIES = ("auto", "ddp", "model_parallel")
 
 
 @pytest.mark.full
@@ -28,3 +30,25 @@ def test_uncertainty_compares_four_trainings_and_tracks_the_members(tmp_path):
     assert len(list(tmp_path.glob("models/*/*.safetensors"))) == 6
     run = next(tmp_path.glob("wandb/offline-run-*/*.wandb")).read_bytes()
     assert all(f"{name}-members".encode() in run for name in ("single", "MC-dropout", "snapshot", "deep"))
+
+
+def numbers(cell: str) -> list[float]:
+    return [float(each) for each in re.findall(r"\d+\.?\d*", cell)]
+
+
+def results(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+@pytest.mark.full
+def test_examples_run_alike_on_one_process_and_on_two(tmp_path):
+    """One launch runs each under DDP and FSDP2, and then, on its first process, without either."""
+    launch(Path(__file__).with_name("examples_worker.py"), tmp_path, processes=2)
+    for name in ("gan", "language_model", "tabular", "timm"):
+        tables = {strategy: results(tmp_path / strategy / f"{name}.csv") for strategy in STRATEGIES}
+        assert len({len(table) for table in tables.values()}) == 1
+        for replicated, sharded in zip(tables["ddp"], tables["model_parallel"], strict=True):
+            for key, value in replicated.items():
+                assert numbers(value) == pytest.approx(numbers(sharded[key]), rel=0.02), f"{name}: {key}"
+        for strategy in STRATEGIES:
+            assert (tmp_path / strategy / f"{name}.png").stat().st_size > 10_000
