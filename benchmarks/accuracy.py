@@ -1,7 +1,7 @@
 """Does it help? Baseline and trick at an equal budget, over paired seeds, on real images in small networks.
 
 Each comparison trains every way once for each seed: on the same images, from the same initial weights, with the same order of batches.
-Settings are those of the papers or defaults, chosen beforehand; the test set is used for nothing but the test. A row of
+The tricks' settings are those of the papers or defaults, chosen beforehand; the test set is used for nothing but the test. A row of
 ``results/accuracy/<comparison>.csv`` is one evaluation on it, and a seed that is there already is not trained again.
 
 Run ``python benchmarks/accuracy.py --data-dir DIR``, where ``benchmarks/data.py`` says what DIR has to hold; ``--only NAME`` runs one
@@ -310,7 +310,7 @@ def make_task(comparison: Comparison, seed: int, folder: Path, arguments: argpar
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     fit, held = order[:count], order[count : count + 500]
     if name == "digits":
-        test = x[order[count:]], y[order[count:]]
+        test = x[order[count + 500 :]], y[order[count + 500 :]]
     return Task(seed, arguments.epochs or comparison.epochs, (x[fit], y[fit]), (x[held], y[held]), test, folder)
 
 
