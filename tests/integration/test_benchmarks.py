@@ -81,3 +81,24 @@ def test_what_a_trick_imports_is_told_apart_from_what_training_imports(overhead)
     found = overhead.trick_imports(["EMA", "GradientFlow"], Namespace(**{**vars(TINY), "model": "small"}))
     assert any(name.startswith("matplotlib") for name in found["GradientFlow"])
     assert not [name for name in found["EMA"] if name.startswith(("torch.", "lightning.", "matplotlib"))]
+@pytest.mark.full
+def test_accuracy_is_measured_for_seeds_that_are_not_there(tmp_path):
+    known = "arm,at,seed,error,nll,seconds\nlast weights,constant,0,50.0,1.5,3.0\n"
+    (tmp_path / "averaging.csv").write_text(known)
+    small = ("--data", "digits", "--epochs", 2, "--images", 16, "--output", tmp_path)
+    Worker(BENCHMARKS / "accuracy.py", "--only", "averaging", "--seeds", 2, *small).finish()
+    assert (tmp_path / "averaging.csv").read_text().startswith(known)
+    with (tmp_path / "averaging.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))[1:]
+    assert [row["arm"] for row in rows[:2]] == ["last weights", "EMA"]
+    assert {(row["at"], row["seed"]) for row in rows} == {("constant", "1"), ("cosine", "1")}
+    assert len({row["nll"] for row in rows}) > 6
+    assert all(0 <= float(row["error"]) <= 100 for row in rows)
+
+
+@pytest.mark.full
+def test_accuracy_skips_what_has_no_data_and_says_how_to_get_it(tmp_path):
+    worker = Worker(BENCHMARKS / "accuracy.py", "--only", "averaging", "--output", tmp_path / "out")
+    worker.finish()
+    assert "averaging is skipped: fashion lies outside this repository" in worker.output.read_text()
+    assert not (tmp_path / "out").exists()
