@@ -81,6 +81,8 @@ def test_what_a_trick_imports_is_told_apart_from_what_training_imports(overhead)
     found = overhead.trick_imports(["EMA", "GradientFlow"], Namespace(**{**vars(TINY), "model": "small"}))
     assert any(name.startswith("matplotlib") for name in found["GradientFlow"])
     assert not [name for name in found["EMA"] if name.startswith(("torch.", "lightning.", "matplotlib"))]
+
+
 @pytest.mark.full
 def test_accuracy_is_measured_for_seeds_that_are_not_there(tmp_path):
     known = "arm,at,seed,error,nll,seconds\nlast weights,constant,0,50.0,1.5,3.0\n"
