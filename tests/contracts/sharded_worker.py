@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor
 from contracts.cases import CASES, Case
 from contracts.cpu_strategies import CPUDeepSpeedStrategy, CPUFSDPStrategy
 from contracts.harness import Loader, StepCheckpoints, assert_equal, gathered, make_trainer
+from lightning_tricks.functional import using_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -269,8 +270,14 @@ def check_resumes_what_is_saved_after_the_fit(runs: Runs) -> None:
     if "lends" in runs.case.skips:
         raise NotCheckedError(runs.case.skips["lends"])
     ended, path = runs.acting(), runs.checkpoints(sharded=runs.sharded) / "end.ckpt"
-    again, _ = fit([runs.case.make()], runs.case, runs.kind, ckpt_path=path, sharded=runs.sharded)
+    trick = runs.case.make()
+    again, _ = fit([trick], runs.case, runs.kind, ckpt_path=path, sharded=runs.sharded)
     assert_equal(ended.weights, whole(again))
+    if trick.follows_weights:
+        state = trick.raw_state_dict()
+        with using_weights(again, state if runs.kind == "fsdp2" else gathered(state)[0]):
+            assert_equal(ended.trained, whole(again))
+        assert_equal(ended.weights, whole(again))
     started = Started()
     fit([runs.case.make(), started], runs.case, runs.kind, max_epochs=3, ckpt_path=path, sharded=runs.sharded)
     assert_equal(ended.trained, started.weights)

@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from lightning_tricks._core.strategies import own_part
+from lightning_tricks._core.lightning import wrapped
+from lightning_tricks._core.shards import Shards, find_shards
+from lightning_tricks._core.strategies import cut, holder_of, own_part, plain_name, return_to_shards
 from lightning_tricks.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -90,7 +93,8 @@ def using_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[N
 
     Args:
         model: Any module; it is changed in place.
-        weights: Tensors by qualified name, such as a state dict or ``EMA.averaged_state_dict()``; a part of the model will do.
+        weights: Tensors by qualified name, such as a state dict or ``EMA.averaged_state_dict()``; a part of the model will do. Where
+            the model is spread over ranks, tensors may be spread alike or be whole on each rank, and all must enter and leave together.
 
     Raises:
         ArgumentError: If a name is not in the model, or a shape differs; the model is then as it was.
@@ -101,7 +105,10 @@ def using_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[N
         ...     model(torch.zeros(2)).item()
         7.0
     """
-    named = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    return_to_shards(model)
+    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    shards = find_shards(wrapped(model))
+    named = {known: shards.get(id(tensor), tensor) for name, tensor in tensors for known in (plain_name(name), name)}
     stored = model.state_dict(keep_vars=True)  # some of what it holds is no tensor of the model
     if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for name, value in weights.items() if name in named):
         msg = f"`weights` must map names to tensors, got {type(weights).__name__}."
@@ -115,12 +122,20 @@ def using_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[N
         if tensor.shape != weights[name].shape:
             msg = f"`weights[{name!r}]` must have the shape {tuple(tensor.shape)} of the model, got {tuple(weights[name].shape)}."
             raise ArgumentError(msg)
-    targets = list({id(tensor): tensor for tensor in own.values()}.values())
-    kept = [tensor.detach().clone() for tensor in targets]
-    used = {tensor.untyped_storage().data_ptr() for tensor in targets}
-    given = [weights[name].clone() if weights[name].untyped_storage().data_ptr() in used else weights[name] for name in own]
+    parts = {name: own_part(tensor) for name, tensor in own.items()}
+    targets = list({id(holder_of(tensor)): parts[name] for name, tensor in own.items()}.values())
+    kept = [part.detach().clone() for part in targets]
+    used = {part.untyped_storage().data_ptr() for part in targets}
+    given = [_part(weights[name], tensor) for name, tensor in own.items()]
+    given = [part.clone() if part.untyped_storage().data_ptr() in used else part for part in given]
     try:
-        copy_(list(own.values()), given)
+        copy_(list(parts.values()), given)
         yield
     finally:
+        return_to_shards(model)
         copy_(targets, kept)
+
+
+def _part(value: Tensor, like: Tensor | Shards) -> Tensor:
+    """Return what belongs into this rank's part of a tensor, of a whole one or of one that is spread alike."""
+    return own_part(value) if isinstance(value, DTensor) else cut(value, like)
