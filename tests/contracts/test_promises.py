@@ -195,6 +195,7 @@ def test_no_exception_leaves_other_weights_in_the_model(case: Case, hook: str, e
 # 5. Any two tricks compose, or the second says why not.
 
 
+@pytest.mark.once
 @pytest.mark.filterwarnings("ignore:SnapshotEnsemble.*was stopped after")  # as where LossSpikeGuard leaves out steps of its last cycle
 @pytest.mark.parametrize(
     "pair", list(combinations_with_replacement(CASES, 2)), ids=lambda pair: f"{pair[0].trick.__name__}-{pair[1].trick.__name__}"

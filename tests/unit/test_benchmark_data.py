@@ -69,6 +69,7 @@ def archive(path: Path, files: dict[str, bytes]) -> None:
             made.addfile(entry, io.BytesIO(raw))
 
 
+@pytest.mark.full
 def test_digits_are_always_there():
     digits = data.load_images("digits")
     assert digits.train[0].shape == (1297, 1, 8, 8)
