@@ -2,10 +2,13 @@
 
 import logging
 import os
+import signal
 
 import pytest
 import torch
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as of all that a script's shell starts in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # sums in another order would differ in the last bit
 
 
