@@ -1,7 +1,7 @@
 """Draw what each transform of `BatchAugmentation` does to eight digits: ``python examples/augmentation.py``.
 
 Writes the picture of the method card, or to the path given by ``--output``. Needs scikit-learn and matplotlib:
-``pip install "lightning-tricks[examples]"``.
+``python -m pip install -e ".[examples]"``.
 """
 
 from __future__ import annotations

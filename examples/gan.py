@@ -13,7 +13,6 @@ distance between its features of drawn and of unseen digits, by how sure it is, 
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
@@ -27,7 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
 import lightning_tricks as lt
-from processes import command_line, make_trainer, one_thread, report, shard, share
+from processes import command_line, counted, make_trainer, one_thread, positive, report, shard, share, spread
 
 NOISE = 32  # numbers that a digit is drawn from
 MEASURES = ("Fréchet distance", "sureness", "digits that come up")
@@ -185,15 +184,14 @@ def plot(runs: Sequence[tuple[History, dict[str, Tensor]]], real: Tensor, floor:
 
 def summary(runs: Sequence[Mapping[str, float]]) -> dict[str, str]:
     """Return mean and standard deviation over seeds."""
-    columns = {key: [run[key] for run in runs] for key in MEASURES}
-    return {key: f"{mean(each):.3f} ± {stdev(each) if len(each) > 1 else 0:.3f}" for key, each in columns.items()}
+    return {key: spread([run[key] for run in runs], ".3f", ".3f") for key in MEASURES}
 
 
 def main() -> None:
     """Train, measure and draw."""
     parser = command_line(__doc__, "runs/gan")
-    parser.add_argument("--seeds", type=int, default=5, help="trainings (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=120, help="epochs of each training, 18 steps each (default: %(default)s)")
+    parser.add_argument("--seeds", type=positive, default=5, help="trainings (default: %(default)s)")
+    parser.add_argument("--epochs", type=positive, default=120, help="epochs of each training, 18 steps each (default: %(default)s)")
     options = parser.parse_args()
     one_thread()
     digits = load_digits()
@@ -208,7 +206,7 @@ def main() -> None:
         {"digits": "averaged weights", **summary([history.metrics[-1] for history, _ in runs])},
     ]
     plot(runs, real, judge(real)[MEASURES[0]], options.output / "gan.png")
-    report(f"{options.seeds} seeds, mean ± standard deviation", rows, options.output / "gan.csv")
+    report(f"{counted(options.seeds, 'seed')}, mean ± standard deviation", rows, options.output / "gan.csv")
 
 
 if __name__ == "__main__":

@@ -28,9 +28,11 @@ from typing_extensions import override
 
 import lightning_tricks as lt
 from lightning_tricks import optim, schedules
-from processes import command_line, make_trainer, one_thread, report, shard, share
+from processes import command_line, make_trainer, one_thread, positive, report, shard, share
 
 CONTEXT = 128  # characters
+HEADS = 4  # of attention, in every block
+LEAST = 3000  # characters of text, a tenth of which, kept for validation, is longer than what the model sees at once
 
 
 class Block(nn.Module):
@@ -73,7 +75,7 @@ class LanguageModel(LightningModule):
     def __init__(self, characters: int, width: int = 64, layers: int = 3) -> None:
         super().__init__()
         self.embedding = nn.Embedding(characters, width)
-        self.blocks = nn.Sequential(*(Block(width, heads=4) for _ in range(layers)))
+        self.blocks = nn.Sequential(*(Block(width, HEADS) for _ in range(layers)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, characters)
 
     @override
@@ -170,10 +172,17 @@ def windows(text: str, characters: Sequence[str], batch_size: int, *, shuffle: b
 def main() -> None:
     """Train, measure and write."""
     parser = command_line(__doc__, "runs/language_model")
-    parser.add_argument("--epochs", type=int, default=3, help="times that the text is read (default: %(default)s)")
-    parser.add_argument("--characters", type=int, help="read no more than this of the text")
-    parser.add_argument("--width", type=int, default=64, help="features of each character (default: %(default)s)")
+    parser.add_argument("--epochs", type=positive, default=3, help="times that the text is read (default: %(default)s)")
+    parser.add_argument("--characters", type=positive, help=f"read no more than this of the text, at least {LEAST}")
+    parser.add_argument("--write", type=positive, default=400, help="characters to go on writing (default: %(default)s)")
+    parser.add_argument(
+        "--width", type=positive, default=64, help=f"features of each character, a multiple of {HEADS} (default: %(default)s)"
+    )
     options = parser.parse_args()
+    if options.characters is not None and options.characters < LEAST:
+        parser.error(f"argument --characters: must be at least {LEAST}, got {options.characters}")
+    if options.width % HEADS:
+        parser.error(f"argument --width: must be a multiple of {HEADS}, got {options.width}")
     one_thread()
     train, test = load(options.characters)
     characters = sorted(set(train + test))
@@ -194,7 +203,7 @@ def main() -> None:
     found = {**known, "transformer, raw weights": history.raw[-1], "transformer, averaged weights": history.averaged[-1]}
     plot(history, known["LZMA"], options.output / "language_model.png")
     prompt = 'The "yield" statement\n'
-    text = model.eval().write(torch.tensor([characters.index(character) for character in prompt]), 400)
+    text = model.eval().write(torch.tensor([characters.index(character) for character in prompt]), options.write)
     report(
         "Bits per character",
         [{"text foretold by": name, "bits": bits} for name, bits in found.items()],

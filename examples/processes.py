@@ -10,6 +10,7 @@ import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean, stdev
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -31,6 +32,25 @@ def command_line(doc: str | None, output: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", type=Path, default=Path(output), help="folder for the results (default: %(default)s)")
     return parser
+
+
+def positive(text: str) -> int:
+    """Read a whole number of at least one from the command line."""
+    number = int(text)
+    if number < 1:
+        message = f"must be at least 1, got {number}"
+        raise argparse.ArgumentTypeError(message)
+    return number
+
+
+def counted(number: int, thing: str) -> str:
+    """Return a number of things in words."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
+def spread(values: Sequence[float], value: str, deviation: str) -> str:
+    """Return mean and standard deviation in two formats, or of a single value that alone."""
+    return f"{mean(values):{value}} ± {stdev(values):{deviation}}" if len(values) > 1 else f"{values[0]:{value}}"
 
 
 def make_trainer(

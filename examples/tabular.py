@@ -13,7 +13,7 @@ regression and gradient boosting are chosen by cross-validation on the same pati
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import torch
 from lightning.pytorch import LightningModule, seed_everything
@@ -33,7 +33,7 @@ from typing_extensions import override
 
 import lightning_tricks as lt
 from lightning_tricks import optim, schedules
-from processes import command_line, make_trainer, one_thread, report, shard, share
+from processes import command_line, counted, make_trainer, one_thread, positive, report, shard, share, spread
 
 Foretold = dict[str, Normal]  # for the patients of a test, by who foretells
 COLORS = {"ridge regression": "#999999", "gradient boosting": "#E69F00", "one network": "#56B4E9", "ensemble of networks": "#0072B2"}
@@ -100,10 +100,10 @@ def mixture(members: Sequence[Normal]) -> Normal:
     return Normal(centers.mean(0), variance.sqrt())
 
 
-def simpler(data: TensorDataset, patients: Tensor) -> Foretold:
+def simpler(data: TensorDataset, patients: Tensor, trees: int) -> Foretold:
     """Foretell by scikit-learn, with the deviation that errors have in cross-validation."""
     grid = {"learning_rate": [0.02, 0.05], "max_depth": [1, 2, 3]}
-    boosting = GradientBoostingRegressor(n_estimators=150, subsample=0.5, random_state=0)
+    boosting = GradientBoostingRegressor(n_estimators=trees, subsample=0.5, random_state=0)
     models = {
         "ridge regression": make_pipeline(StandardScaler(), RidgeCV([0.1, 1, 10, 100])),
         "gradient boosting": GridSearchCV(boosting, grid, cv=3, scoring="neg_mean_squared_error"),
@@ -145,7 +145,7 @@ def compare(options: argparse.Namespace) -> list[tuple[Foretold, Tensor, list[No
         data = TensorDataset(patients[rest], measured[rest])
         networks = [train(data, options, 100 * division + member) for member in range(options.members)]
         members = [network.foretell(patients[test]) for network in networks]
-        found = {**simpler(data, patients[test]), "one network": members[0], "ensemble of networks": mixture(members)}
+        found = {**simpler(data, patients[test], options.trees), "one network": members[0], "ensemble of networks": mixture(members)}
         divisions.append((found, measured[test], members))
     return divisions
 
@@ -186,23 +186,23 @@ def plot(divisions: Sequence[tuple[Foretold, Tensor, list[Normal]]], path: Path)
 
 def summary(runs: Sequence[Mapping[str, float]]) -> dict[str, str]:
     """Return mean and standard deviation over divisions."""
-    columns = {key: [run[key] for run in runs] for key in runs[0]}
-    return {key: f"{mean(each):.3g} ± {stdev(each) if len(each) > 1 else 0:.2g}" for key, each in columns.items()}
+    return {key: spread([run[key] for run in runs], ".3g", ".2g") for key in runs[0]}
 
 
 def main() -> None:
     """Train, measure and draw."""
     parser = command_line(__doc__, "runs/tabular")
-    parser.add_argument("--divisions", type=int, default=5, help="into training and test (default: %(default)s)")
-    parser.add_argument("--members", type=int, default=5, help="networks in an ensemble (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=40, help="epochs of each network, 11 steps each (default: %(default)s)")
+    parser.add_argument("--divisions", type=positive, default=5, help="into training and test (default: %(default)s)")
+    parser.add_argument("--members", type=positive, default=5, help="networks in an ensemble (default: %(default)s)")
+    parser.add_argument("--epochs", type=positive, default=40, help="epochs of each network, 11 steps each (default: %(default)s)")
+    parser.add_argument("--trees", type=positive, default=150, help="trees of gradient boosting (default: %(default)s)")
     parser.add_argument("--first", type=int, default=100, help="seed of the first division (default: %(default)s)")
     options = parser.parse_args()
     one_thread()
     divisions = compare(options)
     rows = [{"foretold by": name, **summary([measure(found[name], measured) for found, measured, _ in divisions])} for name in COLORS]
     plot(divisions, options.output / "tabular.png")
-    report(f"{options.divisions} divisions, mean ± standard deviation", rows, options.output / "tabular.csv")
+    report(f"{counted(options.divisions, 'division')}, mean ± standard deviation", rows, options.output / "tabular.csv")
 
 
 if __name__ == "__main__":

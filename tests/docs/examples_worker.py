@@ -12,8 +12,8 @@ import torch
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TINY = {
-    "language_model": ["--epochs=1", "--characters=6000", "--width=16"],
-    "tabular": ["--divisions=1", "--members=2", "--epochs=2"],
+    "language_model": ["--epochs=1", "--characters=6000", "--width=16", "--write=8"],
+    "tabular": ["--divisions=1", "--members=2", "--epochs=2", "--trees=3"],
     "gan": ["--seeds=1", "--epochs=1"],
     "timm_network": ["--seeds=1", "--epochs=1"],
 }
