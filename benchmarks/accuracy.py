@@ -1,8 +1,11 @@
 """Does it help? Baseline and trick at an equal budget, over paired seeds, on real images in small networks.
 
-Each comparison trains every way once for each seed: on the same images, from the same initial weights, with the same order of batches.
-The tricks' settings are those of the papers or defaults, chosen beforehand; the test set is used for nothing but the test. A row of
-``results/accuracy/<comparison>.csv`` is one evaluation on it, and a seed that is there already is not trained again.
+Each comparison trains every way once for each seed: on the same images, from the same initial weights, with the same order of batches;
+only the further members of a deep ensemble begin with weights and orders of their own. Settings were chosen beforehand, many of them the
+papers' or defaults; the test set is used for nothing but the test. A row of ``results/accuracy/<comparison>.csv`` is one evaluation on
+it: what was trained (``arm``), at which setting (``at``: schedule of the rate, number of members, size of batches, or factor of the decay),
+the seed, the error in percent, the negative log-likelihood in nats per image, and the CPU time of the training in seconds. A seed that is
+there already is not trained again.
 
 Run ``python benchmarks/accuracy.py --data-dir DIR``, where ``benchmarks/data.py`` says what DIR has to hold; ``--only NAME`` runs one
 comparison, and ``--tables`` draws the plots and writes the tables into the pages of the documentation from the files alone.
@@ -307,6 +310,10 @@ def make_task(comparison: Comparison, seed: int, folder: Path, arguments: argpar
     (x, y), test = data.train, (data.test[0][:5000], data.test[1][:5000])
     if name == "digits":
         x, y = torch.cat([x, test[0]]), torch.cat([y, test[1]])
+    most = len(x) - 500 - (name == "digits")
+    if count > most:
+        msg = f"{name} has {most} images to train on, beside those to validate and to test on, got --images {count}."
+        raise ValueError(msg)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     fit, held = order[:count], order[count : count + 500]
     if name == "digits":
@@ -314,12 +321,12 @@ def make_task(comparison: Comparison, seed: int, folder: Path, arguments: argpar
     return Task(seed, arguments.epochs or comparison.epochs, (x[fit], y[fit]), (x[held], y[held]), test, folder)
 
 
-def measure(name: str, seed: int, arguments: argparse.Namespace) -> None:
-    """Train what a comparison needs for a seed, and add it to its file, unless it is there."""
+def measure(name: str, seed: int, arguments: argparse.Namespace) -> bool:
+    """Train what a comparison needs for a seed, and add it to its file, unless it is there; tell whether it was not."""
     path: Path = arguments.output / f"{name}.csv"
     known = report.read(path)
     if any(row["seed"] == str(seed) for row in known):
-        return
+        return False
     with tempfile.TemporaryDirectory() as folder:
         task = make_task(COMPARISONS[name], seed, Path(folder), arguments)
         rows = list(COMPARISONS[name].run(task))
@@ -327,10 +334,11 @@ def measure(name: str, seed: int, arguments: argparse.Namespace) -> None:
     with path.open("a", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([*([] if known else [Row._fields]), *rows])
     print(f"{name}: seed {seed} done", flush=True)
+    return True
 
 
-def main() -> None:
-    """Measure, and write tables and plots."""
+def parse() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=COMPARISONS, action="append", help="a comparison; default: all")
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds; default: 5")
@@ -339,24 +347,39 @@ def main() -> None:
     parser.add_argument("--data", choices=("digits", "fashion", "cifar10"), help="default: each comparison's own")
     parser.add_argument("--data-dir", type=Path, help="folder with the data, as benchmarks/data.py describes it")
     parser.add_argument("--output", type=Path, default=report.RESULTS, help="folder of the CSV files")
-    parser.add_argument("--tables", action="store_true", help="train nothing; draw plots, and write tables into the documentation")
+    parser.add_argument(
+        "--tables", action="store_true", help="train nothing; draw plots of results/accuracy, and write its tables into the documentation"
+    )
     arguments = parser.parse_args()
+    for name in ("seeds", "epochs", "images"):
+        if (count := getattr(arguments, name)) is not None and count < 1:
+            parser.error(f"--{name} must be at least 1, got {count}")
+    if arguments.output == report.RESULTS and (arguments.epochs or arguments.images or arguments.data):
+        parser.error(f"--epochs, --images and --data would mix other settings into {report.RESULTS}: name another folder by --output")
+    return arguments
+
+
+def main() -> None:
+    """Measure, and write tables and plots."""
+    arguments = parse()
     if arguments.tables:
         report.publish()
         return
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    names = list(arguments.only or COMPARISONS)
+    names, trained = list(arguments.only or COMPARISONS), False
     for seed in range(arguments.seeds):
         for name in list(names):
             try:
-                measure(name, seed, arguments)
+                trained |= measure(name, seed, arguments)
             except MissingDataError as error:
                 names.remove(name)
                 print(f"{name} is skipped: {error}")
-    if names:
-        notes = environment("python benchmarks/accuracy.py --data-dir DIR", "torch", "lightning", "scikit-learn", device="cpu")
+    if trained:
+        changes = "".join(f" --{key} {getattr(arguments, key)}" for key in ("data", "images", "epochs") if getattr(arguments, key))
+        command = f"python benchmarks/accuracy.py{changes} --data-dir DIR"
+        notes = environment(command, "torch", "lightning", "scikit-learn", device="cpu")
         (arguments.output / "environment.md").write_text("".join(f"- {key}: {value}\n" for key, value in notes.items()))
 
 

@@ -20,6 +20,7 @@ __all__ = ["RESULTS", "TABLES", "Table", "paired", "publish", "read", "render"]
 
 RESULTS: Final = Path(__file__).with_name("results") / "accuracy"
 DOCS: Final = Path(__file__).parents[1] / "docs"
+MARKERS: Final = "osD^v"
 COLORS: Final = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")  # Okabe and Ito, for all kinds of colour vision
 GRAY: Final = "#808080"  # legible on white and on black
 
@@ -206,9 +207,13 @@ def _signed(value: float) -> str:
 
 def _column(rows: Sequence[dict[str, str]], arm: str, at: str, key: str) -> list[float]:
     """Return the values of an arm in the order of seeds."""
+    seeds = sorted({int(row["seed"]) for row in rows})
     found = sorted((int(row["seed"]), float(row[key])) for row in rows if (row["arm"], row["at"]) == (arm, at))
-    if not found:
-        msg = f"The file has no rows of {arm!r} at {at!r}: measure them with `benchmarks/accuracy.py`."
+    if not found or [seed for seed, _ in found] != seeds:
+        msg = (
+            f"The file must have one row of {arm!r} at {at!r} for each of its seeds {seeds}, got seeds {[seed for seed, _ in found]}: "
+            "delete the seeds that are not whole, and measure them with `benchmarks/accuracy.py`."
+        )
         raise LookupError(msg)
     return [value for _, value in found]
 
@@ -246,12 +251,12 @@ def draw(table: Table, rows: Sequence[dict[str, str]]) -> None:
 
 
 def _draw_curves(axes: Any, table: Table, rows: Sequence[dict[str, str]]) -> None:
-    for (arm, label), color in zip(table.curves, COLORS, strict=False):
+    for (arm, label), color, marker in zip(table.curves, COLORS, MARKERS, strict=False):
         sizes = sorted({int(row["at"]) for row in rows if row["arm"] == arm})
         values = [_column(rows, arm, str(size), "error") for size in sizes]
         middle = [mean(each) for each in values]
         spread = [stdev(each) / math.sqrt(len(each)) if len(each) > 1 else 0.0 for each in values]
-        axes.errorbar(sizes, middle, spread, color=color, marker="o", markersize=4, capsize=2, label=label)
+        axes.errorbar(sizes, middle, spread, color=color, marker=marker, markersize=4, capsize=2, label=label)
     if table.sizes == MEMBERS:
         axes.set_xticks(range(1, 6))
     else:

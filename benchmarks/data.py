@@ -21,6 +21,7 @@ import json
 import pickle
 import struct
 import tarfile
+import zlib
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -117,7 +118,7 @@ def _fashion(folder: Path) -> list[tuple[np.ndarray, np.ndarray]]:
         path = plain if plain.exists() else packed
         try:
             raw = path.read_bytes() if path == plain else gzip.decompress(path.read_bytes())
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise _damaged(str(path), f"it cannot be unpacked ({error})") from error
         _check(str(path), raw, digest)
         arrays.append(_idx(raw))
@@ -177,7 +178,7 @@ def _unpack(path: Path) -> dict[str, bytes]:
     try:
         with tarfile.open(path) as archive:
             return {Path(each.name).name: file.read() for each in archive if (file := archive.extractfile(each)) is not None}
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise _damaged(str(path), f"it cannot be unpacked ({error})") from error
 
 

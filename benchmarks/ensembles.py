@@ -214,13 +214,14 @@ def times_of(found: dict[str, Any], base: str, names: list[str]) -> list[str]:
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--members", type=int, default=8)
+    parser.add_argument("--members", type=int, help="default: 8")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=30, help="rounds; a third of them for trainings, a sixth for the largest model")
     parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="leave the largest model out")
+    parser.add_argument("--quick", action="store_true", help="leave the largest model out, and take two members unless told otherwise")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "ensembles")
     args = parser.parse_args()
+    args.members = args.members or (2 if args.quick else 8)
     args.incumbents = [name for name, module in INCUMBENTS.items() if find_spec(module) is not None]
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")  # Lightning's advice on loaders, which stand in memory here

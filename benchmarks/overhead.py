@@ -249,7 +249,7 @@ def whole_runs(args: argparse.Namespace) -> dict[str, Times]:
 
 def ratio(those: Sequence[float], these: Sequence[float]) -> tuple[float, str]:
     """Return the ratio of medians, and the quartiles of the rounds' ratios as text."""
-    low, _, high = quantiles((a / b for a, b in zip(those, these, strict=True)), n=4)
+    low, _, high = quantiles((a / b for a, b in zip(those, these, strict=True)), n=4, method="inclusive")
     return median(those) / median(these), f"{low:.3f}–{high:.3f}"
 
 
@@ -336,8 +336,10 @@ def parse() -> argparse.Namespace:
     for name, (whole, table, quick) in defaults.items():
         given = getattr(args, name)
         setattr(args, name, given if given is not None else (quick if args.quick else whole if args.whole_run else table))
-    if min(args.rounds - 1, args.warmup, args.steps) < 1 or args.import_rounds == 1:
-        parser.error("two rounds, of imports too, a step that warms up and one that counts are the least that can be measured")
+    if min(args.rounds - 1, args.warmup, args.steps, args.batch_size) < 1 or args.import_rounds < 0 or args.import_rounds == 1:
+        parser.error(
+            "two rounds, of imports too, a step that warms up and one that counts, of an image, are the least that can be measured"
+        )
     return args
 
 

@@ -118,13 +118,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, help="rounds that count; default: 9")
     parser.add_argument("--warmup", type=int, default=1, help="rounds before them; default: 1")
     parser.add_argument("--batch-size", type=int, help="images; default: 10, of which 6 survive")
-    parser.add_argument("--side", type=int, default=224, help="pixels of an image's side; default: 224")
+    parser.add_argument("--side", type=int, help="pixels of an image's side; default: 224")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--output", type=Path, help="where to write; gives PATH.json and PATH.md")
     parser.add_argument("--quick", action="store_true", help="few rounds of small models, unless told otherwise")
     args = parser.parse_args()
-    args.models = args.models or (["vit_tiny_patch16_224", "resnet18"] if args.quick else list(MODELS))
+    args.models = args.models or (["test_vit", "resnet18"] if args.quick else list(MODELS))
     args.repeats = args.repeats or (3 if args.quick else 9)
+    args.side = args.side or (160 if args.quick else 224)
     args.batch_size = args.batch_size or (2 if args.quick else 10)
     return args
 

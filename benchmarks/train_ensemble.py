@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--accelerator", default="cpu")
-    parser.add_argument("--quick", action="store_true", help="two members of the MLP, for one epoch")
+    parser.add_argument("--quick", action="store_true", help="two members of the MLP, for one epoch of 320 images")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "train_ensemble")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -83,7 +83,8 @@ def main() -> None:
     images, classes = (torch.as_tensor(each) for each in load_digits(return_X_y=True))
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     images, classes = (images.float().view(-1, 1, 8, 8) / 16)[order], classes[order]
-    train, test = TensorDataset(images[:1437], classes[:1437]), (images[1437:], classes[1437:])
+    count = 320 if args.quick else 1437
+    train, test = TensorDataset(images[:count], classes[:count]), (images[1437:], classes[1437:])
     loader = DataLoader(train, batch_size=args.batch, shuffle=True)
 
     def run(make: Any, members: int, mode: Any) -> tuple[TrainedEnsemble, float, float]:

@@ -49,10 +49,16 @@ def overhead(monkeypatch):
 
 @pytest.mark.full
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("trick", [case.trick for case in CASES], ids=lambda trick: trick.__name__)
-def test_the_cost_of_every_public_callback_is_measured(overhead, trick):
-    assert [type(each) for each in overhead.TRICKS[trick.__name__]()] == [trick]
-    cpu, elapsed, around = overhead.times_of(trick.__name__, TINY, acting=True)
+def test_every_public_callback_has_a_row_in_the_table_of_costs(overhead):
+    for trick in (case.trick for case in CASES):
+        assert [type(each) for each in overhead.TRICKS[trick.__name__]()] == [trick]
+
+
+@pytest.mark.full
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["EMA", "DropBlock", "Dropout", "FeatureNoise", "FineTuning", "LinearProbe", "TargetStandardization"])
+def test_costs_are_measured_where_tricks_name_layers_or_need_other_targets(overhead, name):
+    cpu, elapsed, around = overhead.times_of(name, TINY, acting=True)
     assert min(cpu, elapsed, around) > 0
 
 
@@ -96,6 +102,47 @@ def test_accuracy_is_measured_for_seeds_that_are_not_there(tmp_path):
     assert {(row["at"], row["seed"]) for row in rows} == {("constant", "1"), ("cosine", "1")}
     assert len({row["nll"] for row in rows}) > 6
     assert all(0 <= float(row["error"]) <= 100 for row in rows)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (("--seeds", 0), "--seeds must be at least 1, got 0"),
+        (("--epochs", 1), "name another folder by --output"),
+        (("--only", "norm_swap", "--images", 1500, "--output", "unused"), "digits has 1296 images to train on"),
+    ],
+)
+def test_accuracy_refuses_what_it_cannot_measure_or_would_mix_up(given, words):
+    worker = Worker(BENCHMARKS / "accuracy.py", *given)
+    with pytest.raises(AssertionError, match=words):
+        worker.finish()
+
+
+@pytest.fixture
+def accuracy_report(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("accuracy_report")
+
+
+@pytest.mark.full
+def test_the_interval_of_a_mean_of_pairs_is_students(accuracy_report):
+    difference, half = accuracy_report.paired([1.0, 2.0, 3.0, 4.0, 5.0], [0.0, 0.0, 0.0, 0.0, 0.0])
+    assert difference == 3
+    assert half == pytest.approx(2.776445 * (10 / 4) ** 0.5 / 5**0.5)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seeds", [(), (0,), (0, 0), (0, 1, 1)])
+def test_a_table_refuses_a_file_that_lacks_seeds_of_a_way_or_holds_them_twice(accuracy_report, seeds):
+    rows = [
+        {"arm": arm, "at": "", "seed": str(seed), "error": "1", "nll": "1"}
+        for arm, each in (("none", (0, 1)), ("MixUp", seeds))
+        for seed in each
+    ]
+    table = next(each for each in accuracy_report.TABLES if each.page == "tricks/mix_up.md")
+    with pytest.raises(LookupError, match=r"one row of 'MixUp' at '' for each of its seeds \[0, 1\]"):
+        accuracy_report.render(table, rows)
 
 
 @pytest.mark.full
