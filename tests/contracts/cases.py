@@ -906,9 +906,10 @@ CASES = [
         wrong=(
             (
                 {"goals": ["val_loss"]},
-                "`goals` must map names of metrics to what stands for the run, such as {'val_acc': 'max'}, got [",
+                "`goals` must map whole names of metrics to what stands for the run, such as {'val_acc': 'max'}, got [",
             ),
             ({"goals": {"": "min"}}, "got {'': 'min'}"),
+            ({"goals": {"val_*": "min"}}, "`goals` must map whole names of metrics"),
             ({"goals": {"val_loss": "least"}}, "`goals['val_loss']` must be one of 'min', 'max', 'mean', 'first', 'last', got 'least'"),
             ({"figures": 1}, "`figures` must be one of True, False, got 1"),
             ({"artifacts": "latest"}, "`artifacts` must be one of 'none', 'best', 'all', got 'latest'"),

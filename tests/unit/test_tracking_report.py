@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import enum
+import functools
 import json
 import math
 import struct
@@ -11,10 +13,11 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 
@@ -38,12 +41,26 @@ class Token:
         return "Token()"
 
 
+class Dotted(ResidualNet):
+    """Logs its validation loss under a name with a dot, too."""
+
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+        self.log("val.loss", self.loss(batch))
+
+
 class Ticket(lt.EMA):
     """A trick of somebody else's with such an argument."""
 
     def __init__(self, decay=0.9, *, token=None, evaluate="both"):
         super().__init__(decay, evaluate=evaluate)
         self.token = token
+
+
+class Word(enum.StrEnum):
+    """A text that is something else, too."""
+
+    B = "b"
 
 
 # W&B
@@ -78,16 +95,18 @@ def recorded(tmp_path_factory):
     root, patch = tmp_path_factory.mktemp("wandb"), pytest.MonkeyPatch()
     for key, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_DATA_DIR": str(root), "WANDB_CACHE_DIR": str(root)}.items():
         patch.setenv(key, value)
-    logger = WandbLogger(save_dir=root, project="tests", id="run1", settings=wandb.Settings(x_disable_stats=True, disable_git=True))
+    logger = WandbLogger(
+        save_dir=root, project="tests", id="run1", prefix="own", settings=wandb.Settings(x_disable_stats=True, disable_git=True)
+    )
     callbacks = [
-        lt.TrackingReport(goals={"train_loss": "mean"}, artifacts="all"),
+        lt.TrackingReport(goals={"train_loss": "mean", "val.loss": "first"}, artifacts="all"),
         Ticket(token=Token()),
         lt.SnapshotEnsemble(2, evaluate=False),
         lt.FitDiagnosis(patience=1),
         lt.StochasticDepth(schedules.Constant(0.3, warmup="50%"), where="blocks.*"),
         ModelCheckpoint(root / "checkpoints", monitor="val_loss", save_last=True, filename="best"),
     ]
-    run = fit(callbacks, ResidualNet, logger=logger, max_epochs=4, log_every_n_steps=5, num_sanity_val_steps=0)
+    run = fit(callbacks, Dotted, logger=logger, max_epochs=4, log_every_n_steps=5, num_sanity_val_steps=0)
     logger.experiment.finish()
     patch.undo()
     found, deadline = [], time.monotonic() + 60
@@ -122,13 +141,12 @@ class TestRecorded:
         metrics = {each.name or each.glob_name: each for each in of_kind(recorded, "metric")}
 
         def summary(name):
-            return {each.name for each, wanted in metrics[name].summary.ListFields() if wanted}
+            return {each.name for each, wanted in metrics[f"own-{name}"].summary.ListFields() if wanted}
 
         for name in ("val_loss", "raw/val_loss", "fit_diagnosis/train_loss", "snapshot_ensemble/nll"):
             assert summary(name) == {"min", "last"}
         assert summary("train_loss") == {"mean", "last"}
-        for name in ("ticket/*", "stochastic_depth/*", "fit_diagnosis/*", "snapshot_ensemble/*"):
-            assert summary(name) == {"last"}
+        assert not [name for name in metrics if "*" in name and name != "*"]  # of several that fit, W&B picks one at random
         own = [each for name, each in metrics.items() if name not in {"*", "trainer/global_step"}]
         assert {each.step_metric for each in own} == {"trainer/global_step"}
 
@@ -145,11 +163,11 @@ class TestRecorded:
         for each in (item for history in of_kind(recorded, "history") for item in history.item):
             key, _, part = "/".join(each.nested_key).rpartition("/")
             shown.setdefault(key, {})[part] = json.loads(each.value_json)
-        for key in ("stochastic_depth/planned_rate", "fit_diagnosis/loss_curves"):
+        for key in ("own-stochastic_depth/planned_rate", "own-fit_diagnosis/loss_curves"):
             assert shown[key]["_type"] == "images/separated"
             (name,) = shown[key]["filenames"]
             assert next(recorded.root.rglob(Path(name).name)).read_bytes().startswith(PNG)
-        assert shown["snapshot_ensemble/member_table"]["_type"] == "table-file"
+        assert shown["own-snapshot_ensemble/member_table"]["_type"] == "table-file"
 
     def test_artifacts_are_checkpoints_and_members_under_their_aliases(self, recorded):
         artifacts = [each for each in of_kind(recorded, "artifact") if each.type == "model"]  # a table is one, too
@@ -167,11 +185,15 @@ class TestRecorded:
         assert metadata[3] == {"original_filename": "last.ckpt", "weights": "averaged"}
         assert "latest" in artifacts[3].aliases
 
-    def test_what_was_found_is_in_the_summary(self, recorded):
+    def test_what_was_found_is_in_the_summary_beside_the_values_that_count(self, recorded):
         found = {}
         for summary in of_kind(recorded, "summary"):
             found |= {"/".join(each.nested_key) or each.key: json.loads(each.value_json) for each in summary.update}
-        assert found["fit_diagnosis/verdict"] == recorded.run.callbacks[3].diagnosis.kind
+        assert found["own-fit_diagnosis/verdict"] == recorded.run.callbacks[3].diagnosis.kind
+        losses = recorded.run.callbacks[3].curves["val_loss"]
+        assert found["own-val_loss"] == pytest.approx({"min": min(losses), "last": losses[-1]})
+        assert found["own-val.loss"] == pytest.approx({"first": losses[0], "last": losses[-1]})
+        assert found["own-ticket/decay"] == pytest.approx(0.9)  # a number in every run, so that they can be compared
 
 
 class FakeRun:
@@ -213,6 +235,12 @@ class TestWithAFakeRun:
         assert len(run.losses) == 15
         texts = [str(each.message).rpartition("take: ")[2] for each in warned if "did not take" in str(each.message)]
         assert texts == ["ConnectionError: no define_metric today"]
+
+    def test_a_goal_that_is_not_taken_leaves_the_others(self):
+        logger = WandbLogger(experiment=FakeRun(fails=("define_metric",)))
+        with pytest.warns(UserWarning, match="did not take: ConnectionError"):
+            fit([lt.TrackingReport(goals={"a": "first", "b": "min"})], logger=logger, max_epochs=1)
+        assert logger.experiment.calls.count("define_metric") == 2
 
     @pytest.mark.parametrize("log_model", [False, True])
     def test_checkpoints_are_sent_once_whoever_sends_them(self, log_model, tmp_path):
@@ -381,6 +409,22 @@ def test_without_matplotlib_pictures_are_left_out_with_a_word(tmp_path, monkeypa
     ]
 
 
+def test_a_folder_may_be_a_path_object(tmp_path):
+    class Elsewhere(FakeLogger):
+        log_dir = tmp_path / "elsewhere"
+
+    fit([lt.TrackingReport(figures=False), lt.FitDiagnosis(patience=1)], logger=Elsewhere())
+    assert (tmp_path / "elsewhere" / "tracking_report" / "facts.json").exists()
+
+
+def test_checkpoints_under_averages_of_lightning_are_not_called_raw(tmp_path):
+    path, held = tmp_path / "last.ckpt", []
+    for others in ([], [StochasticWeightAveraging(0.1, swa_epoch_start=1)]):
+        fit([lt.TrackingReport(), *others], max_epochs=2).trainer.save_checkpoint(path)
+        held.append(torch.load(path, weights_only=False)["lightning_tricks"]["TrackingReport"]["weights"])
+    assert held == ["raw", None]
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_fit_that_fails_is_reported_once(error, tmp_path):
     class Fails(Callback):
@@ -463,4 +507,13 @@ def test_values_become_plain():
     assert plain(Token).endswith(".Token")
     assert plain(torch.float32) == "torch.float32"
     assert json.dumps(plain([recipe, Token, {1, 2}]))
+    unusual = [np.float64(0.5), np.float64("nan"), enum.IntEnum("Kind", "A").A, Word.B, object(), functools.partial(Token.__repr__)]
+    assert yaml.safe_load(yaml.dump(plain(unusual))) == [
+        0.5,
+        "nan",
+        1,
+        "b",
+        "<object object>",
+        "functools.partial(<function Token.__repr__>)",
+    ]
     assert len(plain(set(range(1000)))) == 301

@@ -47,8 +47,7 @@ class Exhibits:
     """What there is to show of a trick, beside its arguments and what it logs. All of it can be had on one rank, without the others.
 
     Attributes:
-        goals: What stands for the run of the metrics that it logs, by their names after ``<trick>/``, or by ``"*"`` for all; otherwise
-            the last value does.
+        goals: What stands for the run of the metrics that it logs, by their names after ``<trick>/``; otherwise the last value does.
         asides: Prefixes under which it lets the module's own metrics be logged once more.
         facts: What it has found, in plain values by name; names here and below are none of its metrics.
         tables: The same in tables.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,6 +18,13 @@ if TYPE_CHECKING:
 __all__ = ["plain", "settings_of"]
 
 _LONGEST = 300
+_EXACT: Mapping[type, Callable[[Any], Any]] = {  # what enumerations and NumPy's numbers are, too, which files would spell out as objects
+    NoneType: lambda _: None,
+    bool: bool,
+    int: int,
+    float: lambda value: float(value) if math.isfinite(value) else repr(float(value)),
+    str: str.__str__,
+}
 
 
 def settings_of(tricks: Iterable[Trick]) -> dict[str, Any]:
@@ -40,8 +49,9 @@ def plain(value: Any) -> Any:
         >>> plain([0.1, math.inf, schedules.Constant(0.5), math.sqrt])
         [0.1, 'inf', {'class': 'Constant', 'warmup': 0, 'level': 0.5}, 'math.sqrt']
     """
-    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
-        return value
+    for kind, exactly in _EXACT.items():
+        if isinstance(value, kind):
+            return exactly(value)
     if is_dataclass(value) and not isinstance(value, type):
         return {"class": type(value).__name__, **{each.name: plain(getattr(value, each.name)) for each in fields(value)}}
     if isinstance(value, Mapping):
@@ -50,6 +60,6 @@ def plain(value: Any) -> Any:
         return [plain(each) for each in value]
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    name = getattr(value, "__qualname__", None)  # a function's `repr` has an address, which differs from run to run
-    text = repr(value) if name is None else f"{value.__module__}.{name}"
+    name = getattr(value, "__qualname__", None)
+    text = f"{value.__module__}.{name}" if name else re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))  # which differs from run to run
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -55,8 +56,8 @@ class Tracker:
         """Take metrics."""
         self.logger.log_metrics(dict(values), step=step)
 
-    def goals(self, values: Mapping[str, Goal]) -> None:
-        """Let these values of metrics stand for the run."""
+    def goal(self, metric: str, goal: Goal) -> None:
+        """Let this value of a metric stand for the run."""
 
     def origin(self, runs: Sequence[str]) -> None:
         """Take the runs of which this one is a continuation, if it is another."""
@@ -94,11 +95,9 @@ class WandbTracker(Tracker):
         return not getattr(self.logger, "_log_model", False)  # or it sends them itself
 
     @override
-    def goals(self, values: Mapping[str, Goal]) -> None:
-        run, prefix = self.logger.experiment, getattr(self.logger, "_prefix", "")
-        for name, goal in values.items():
-            key = f"{prefix}-{name}" if prefix else name
-            run.define_metric(key, step_metric=_STEP, step_sync=True, summary=_SUMMARIES[goal])
+    def goal(self, metric: str, goal: Goal) -> None:
+        key = self._key(metric).replace(".", "\\.")  # a bare dot would lead into a mapping
+        self.logger.experiment.define_metric(key, step_metric=_STEP, step_sync=True, summary=_SUMMARIES[goal])
 
     @override
     def origin(self, runs: Sequence[str]) -> None:
@@ -107,7 +106,7 @@ class WandbTracker(Tracker):
 
     @override
     def facts(self, values: Mapping[str, Any], step: int) -> None:
-        self.logger.experiment.summary.update(dict(values))
+        self.logger.experiment.summary.update({self._key(name): value for name, value in values.items()})
 
     @override
     def table(self, key: str, table: Table, step: int) -> None:
@@ -128,6 +127,11 @@ class WandbTracker(Tracker):
             else:  # one checkpoint bears the name by which Lightning's logger, too, calls it
                 artifact.add_file(str(path), name="model.ckpt" if kind == "model" else path.name, **policy)
         self.logger.experiment.log_artifact(artifact, aliases=list(aliases))
+
+    def _key(self, name: str) -> str:
+        """Return what Lightning's logger makes of a metric's name."""
+        prefix = getattr(self.logger, "_prefix", "")
+        return f"{prefix}-{name}" if prefix else name
 
 
 class TensorBoardTracker(Tracker):
@@ -183,5 +187,5 @@ def tracker_of(logger: Any, folder: str) -> Tracker:
         return WandbTracker(logger, folder)
     if hasattr(getattr(logger, "experiment", None), "add_text"):
         return TensorBoardTracker(logger, folder)
-    at_hand = isinstance(logger.log_dir, str) and "://" not in logger.log_dir
+    at_hand = isinstance(logger.log_dir, str | os.PathLike) and "://" not in str(logger.log_dir)
     return (FolderTracker if at_hand else Tracker)(logger, folder)

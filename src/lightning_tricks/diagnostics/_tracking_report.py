@@ -27,6 +27,7 @@ from lightning_tricks._core.lightning import (
     LightningModule,
     Trainer,
     callbacks_of,
+    is_averaging_callback,
     logged_hyperparameters,
     override,
     rank_zero_info,
@@ -116,7 +117,8 @@ class TrackingReport(Trick):
         values = {**logged_hyperparameters(trainer), "lightning_tricks": settings}
         self._to_each(methodcaller("settings", values))
         if stage == "fit":
-            self._to_each(methodcaller("goals", self._find_goals(trainer)))
+            for metric, goal in self._find_goals(trainer).items():
+                self._to_each(methodcaller("goal", metric, goal))
 
     def _find_goals(self, trainer: Trainer) -> dict[str, Goal]:
         """Return what stands for the run of tricks' metrics, and of those that somebody follows, also where they are logged once more."""
@@ -128,8 +130,7 @@ class TrackingReport(Trick):
         followed, found = monitored | (self.goals or {}), dict[str, Goal]()
         for trick in _tricks(trainer):
             exhibits = trick._exhibits()
-            own: dict[str, Goal] = {"*": "last", **exhibits.goals}
-            found |= {f"{trick.log_prefix}/{key}": goal for key, goal in own.items()}
+            found |= {f"{trick.log_prefix}/{key}": goal for key, goal in exhibits.goals.items()}
             found |= {f"{aside}/{key}": goal for aside in exhibits.asides for key, goal in followed.items()}
         return found | followed
 
@@ -210,9 +211,8 @@ class TrackingReport(Trick):
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        averaged = any(trick._exhibits().weights == "averaged" for trick in _tricks(trainer) if trick.evaluation_owner)
         runs = [tracker.run for tracker in self._trackers if tracker.run is not None]
-        write_entry(checkpoint, self.state_key, repr(self), {"weights": "averaged" if averaged else "raw", "runs": runs})
+        write_entry(checkpoint, self.state_key, repr(self), {"weights": _weights(trainer), "runs": runs})
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -224,6 +224,13 @@ class TrackingReport(Trick):
 def _tricks(trainer: Trainer) -> list[Trick]:
     """Return the callbacks of a run that do something to it, or find something out."""
     return [each for each in callbacks_of(trainer) if isinstance(each, Trick) and not isinstance(each, TrackingReport)]
+
+
+def _weights(trainer: Trainer) -> Literal["averaged", "raw"] | None:
+    """Return what a checkpoint's state dict holds; None where Lightning's own averages, which do not say so, may be in it."""
+    if any(trick._exhibits().weights == "averaged" for trick in _tricks(trainer) if trick.evaluation_owner):
+        return "averaged"
+    return None if any(is_averaging_callback(callback) for callback in callbacks_of(trainer)) else "raw"
 
 
 def _curve(schedule: Schedule, label: str, trainer: Trainer) -> Callable[[Path], None]:
@@ -240,7 +247,7 @@ def _curve(schedule: Schedule, label: str, trainer: Trainer) -> Callable[[Path],
 
 
 def _check_goals(goals: Mapping[str, Goal]) -> dict[str, Goal]:
-    if not (isinstance(goals, Mapping) and all(isinstance(name, str) and name for name in goals)):
-        msg = f"`goals` must map names of metrics to what stands for the run, such as {{'val_acc': 'max'}}, got {goals!r}."
+    if not (isinstance(goals, Mapping) and all(isinstance(name, str) and name and "*" not in name for name in goals)):
+        msg = f"`goals` must map whole names of metrics to what stands for the run, such as {{'val_acc': 'max'}}, got {goals!r}."
         raise ArgumentError(msg)
     return {name: check_choice(f"goals[{name!r}]", goal, GOALS) for name, goal in goals.items()}

@@ -270,7 +270,7 @@ class LinearProbe(Trick):
     @override
     def _exhibits(self) -> Exhibits:
         rows = tuple(self.report.accuracies.items()) if self.report else ()
-        return Exhibits(goals={"*": "max"}, tables={"stage_table": Table(("stage", "accuracy"), rows)} if rows else {})
+        return Exhibits(tables={"stage_table": Table(("stage", "accuracy"), rows)} if rows else {})
 
     # Checkpoints
 
