@@ -63,7 +63,7 @@ def test_intervals_are_those_of_the_paired_test(report):
 def test_a_table_has_means_deviations_and_differences(report, table):
     assert report.render(table, ROWS) == HEADER + BODY
     assert report.render(table, [ROWS[0], ROWS[3]]).endswith("| with | 9.00 ± 0.00 | −1.00 | 0.500 |")
-    with pytest.raises(LookupError, match="no rows of 'trick' at ''"):
+    with pytest.raises(LookupError, match="must have one row of 'trick' at ''"):
         report.render(table, ROWS[:3])
 
 
